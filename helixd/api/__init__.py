@@ -1,0 +1,1 @@
+"""HTTP: the OpenAI surface, the cluster surface, metrics. Knows the coordinator only through its Service seam."""

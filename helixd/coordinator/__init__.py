@@ -1,0 +1,1 @@
+"""The coordinator role: membership, planning epochs, the truth of every request, recovery."""

@@ -1,0 +1,1 @@
+"""torch. Decoder layers, KV pool, batching, sampling, layer timing. Knows no sockets."""

@@ -1,0 +1,1 @@
+"""PURE. ClusterSpec -> Plan: graph and max flow, T(j), placement, bounds, explanation. No torch, sockets, clock."""

@@ -1,0 +1,1 @@
+"""PURE. Plan + KV ledger -> Route: interleaved weighted round-robin under masks, reservation and release."""

@@ -1,0 +1,1 @@
+"""PURE. A discrete-event world that runs the real plan/ and route/ code."""

@@ -1,0 +1,1 @@
+"""Frames (msgpack) and peer links (aiohttp websockets, or in memory). Knows no requests."""
