@@ -5,7 +5,7 @@ alike to the engine. Logical names of a layer (a missing key means the family ha
 
     attention_norm, attention_post_norm, mlp_norm, mlp_post_norm      norms before and after each half, [hidden]
     qkv, qkv_bias, o, o_bias                                          q rows, then k rows, then v rows
-    q_norm, k_norm                                                    [head_dim] (`head`) or the projection's width (`full`)
+    q_norm, k_norm                                                    [head_dim] (`head`) or the width of q, of k (`full`)
     gate_up, gate_up_bias, down, down_bias                            gate rows, then up rows
     router, expert.E.gate_up, expert.E.down                           mixture of experts, E from 0
 
