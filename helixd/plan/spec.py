@@ -30,6 +30,16 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """The most one batch of a layer may hold (policy `paper` of the simulator; None: no limit)."""
+
+    prompt_max_requests: float | None = None
+    prompt_max_tokens: float | None = None
+    decode_max_tokens: float | None = None
+    decode_max_context: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class NodeProfile:
     """What one kind of node can do; index j-1 is "holding j layers".
 
@@ -46,7 +56,7 @@ class NodeProfile:
     kv_capacity_token_layers: tuple[float, ...]
     prompt_layer_time_s: tuple[tuple[float, float], ...] = ()
     decode_layer_time_s: tuple[tuple[float, float], ...] = ()
-    batch_limits: tuple[float, ...] = ()
+    batch_limits: tuple[BatchLimits, ...] = ()
     estimated: bool = False
 
 
@@ -78,11 +88,15 @@ class LinkSpec:
 
 @dataclass(frozen=True, slots=True)
 class WorkloadSpec:
-    """Mean request lengths and what the paper's derivation of T(j) needs (see `helixd.plan.profile`)."""
+    """Mean request lengths and what the paper's derivation of T(j) needs (see `helixd.plan.profile`).
+
+    `min_kv_tokens`: KV room that every node must keep for each layer it holds, in tokens.
+    """
 
     mean_input_tokens: float = 750.0
     mean_output_tokens: float = 240.0
     kv_fraction: float = 0.3
+    min_kv_tokens: float = 0.0
     typical_layers: Mapping[str, int] = field(default_factory=dict)
     fleet: Mapping[str, int] = field(default_factory=dict)
 
