@@ -112,11 +112,12 @@ class Schema:
             if path[:-2] == table_path:
                 known = {".".join(spec.path): spec.path for spec in own_keys(cls, path[:-1])}
         name = ".".join(path)
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-        if not near:
-            near = [text for text, known_path in known.items() if known_path[-1] == path[-1]]
+        misplaced = [text for text, known_path in known.items() if known_path[-1] == path[-1]]
+        near = difflib.get_close_matches(name, misplaced, n=3, cutoff=0) or difflib.get_close_matches(
+            name, known, n=1, cutoff=0.75
+        )
         if not near:
             leaves = {known_path[-1]: text for text, known_path in known.items()}
             near = [leaves[leaf] for leaf in difflib.get_close_matches(path[-1], leaves, n=1, cutoff=0.75)]
-        hint = f"; did you mean {' or '.join(near[:3])}?" if near else "; helixd.toml documents every key"
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; helixd.toml documents every key"
         return f"unknown key {name}{hint}"

@@ -136,7 +136,7 @@ class ClusterConfig:
     insecure_open: bool = key(False, kinds.BOOLEAN, "Let any daemon join over a non-loopback address without a secret.")
     chunk_bytes: int = key(256 * 2**10, kinds.size(4096, 16 * 2**20), "Activations travel in pieces of this size.")
     window_bytes: int = key(
-        8 * 2**20, kinds.size(4096), "Bytes a link may have under way before the receiver must have taken some."
+        16 * 2**20, kinds.size(4096), "Bytes a link may have under way before the receiver must have taken some."
     )
     probe_bytes: int = key(4 * 2**20, kinds.size(4096), "Bytes one measurement of a link's bandwidth sends, at most.")
     timers: ClusterTimers = section(ClusterTimers)
