@@ -1,1 +1,1 @@
-"""HTTP: the OpenAI surface, the cluster surface, metrics. Knows the coordinator only through its Service seam."""
+"""The HTTP surface: OpenAI's chat and completions, models, tokenise, health, the cluster's state, metrics."""

@@ -1,0 +1,158 @@
+"""One HTTP request's generations from submit to end: the only place that submits, follows and cancels them.
+
+Owns the request's figures (tokens, times, outcome) and reports them once: to the metrics and as one log line. Whatever
+way a generation is left (client gone, refusal of a sibling, an error), it is cancelled and the cancel awaited.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Self
+
+from helixd.api.errors import ApiError
+from helixd.api.metrics import ApiMetrics
+from helixd.api.prepare import Prepared
+from helixd.coordinator.generation import (
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    Generation,
+    GenerationRequest,
+    Refused,
+    Service,
+)
+
+log = logging.getLogger("helixd.api")
+
+Sink = Callable[[int, Event], None]
+
+
+@asynccontextmanager
+async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
+    """A TaskGroup that raises its first task's error itself, not a group of one."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+class Flight:
+    """The generations of one HTTP request. Enter it, start them in a task group, leave it when the answer is sent."""
+
+    def __init__(
+        self, service: Service, prepared: Prepared, metrics: ApiMetrics, *, request_id: str, path: str
+    ) -> None:
+        self.prepared = prepared
+        self.admitted = asyncio.Event()
+        self.outcome = "ok"
+        self._service = service
+        self._metrics = metrics
+        self._request_id = request_id
+        self._path = path
+        self._generations: dict[int, Generation] = {}
+        self._started_at = time.monotonic()
+        self._first_token_s: float | None = None
+        self._last_token_at: dict[tuple[int, int], float] = {}
+        self._completion_tokens = 0
+        self._reasons: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, asyncio.CancelledError):
+            self.outcome = "client_gone"
+        elif isinstance(error, ApiError | Refused):
+            self.outcome = error.code or str(error.status)
+        elif error is not None:
+            self.outcome = "internal_error"
+        self._report()
+
+    def start(self, group: asyncio.TaskGroup, sink: Sink, on_end: Callable[[], None] = lambda: None) -> None:
+        """Submit every prompt's generation and feed its events to `sink`; `on_end` is called as each one ends."""
+        for prompt, request in enumerate(self.prepared.requests):
+            group.create_task(self._follow(prompt, request, sink, on_end), name=f"generation {request.request_id}")
+
+    @property
+    def route_headers(self) -> dict[str, str]:
+        """`x-helixd-route`, for people: the first prompt's route now."""
+        hops = " -> ".join(self._generations[0].route)
+        return {"x-helixd-route": "".join(char if " " <= char <= "~" else "?" for char in hops)}
+
+    @property
+    def retries(self) -> int:
+        """How many times choices of this request moved to another route so far."""
+        return sum(generation.retries for generation in self._generations.values())
+
+    async def _follow(self, prompt: int, request: GenerationRequest, sink: Sink, on_end: Callable[[], None]) -> None:
+        try:
+            with self._metrics.waiting.track():
+                generation = await self._service.submit(request)
+            self._generations[prompt] = generation
+            if len(self._generations) == len(self.prepared.requests):
+                self.admitted.set()
+            with self._metrics.running.track():
+                await self._feed(prompt, request, generation, sink)
+        finally:
+            on_end()
+
+    async def _feed(self, prompt: int, request: GenerationRequest, generation: Generation, sink: Sink) -> None:
+        open_choices = request.n
+        failed = False
+        try:
+            async for event in generation.events():
+                open_choices -= isinstance(event, Finished)
+                failed = failed or isinstance(event, Failed)
+                self._observe(prompt, event)
+                sink(prompt, event)
+            if open_choices > 0 and not failed:
+                raise RuntimeError(f"generation {request.request_id} ended with {open_choices} choices open")
+        finally:
+            if open_choices > 0:
+                # The task group waits for this even when the request is cancelled a second time.
+                await generation.cancel()
+
+    def _observe(self, prompt: int, event: Event) -> None:
+        now = time.monotonic()
+        if isinstance(event, Delta) and event.tokens:
+            if self._first_token_s is None:
+                self._first_token_s = now - self._started_at
+                self._metrics.first_token_s.observe(self._first_token_s)
+            previous = self._last_token_at.get((prompt, event.choice))
+            if previous is not None:
+                self._metrics.inter_token_s.observe((now - previous) / len(event.tokens))
+            self._last_token_at[prompt, event.choice] = now
+            self._completion_tokens += len(event.tokens)
+        elif isinstance(event, Finished):
+            self._reasons.append(event.reason)
+
+    def _report(self) -> None:
+        elapsed_s = time.monotonic() - self._started_at
+        choices = sum(request.n for request in self.prepared.requests)
+        if self._generations:
+            aborted = ["abort"] * (choices - len(self._reasons))
+            self._metrics.finished(
+                self.prepared.prompt_tokens, self._completion_tokens, [*self._reasons, *aborted], elapsed_s
+            )
+        log.info(
+            "request id=%s path=%s outcome=%s prompt_tokens=%d completion_tokens=%d choices=%d finish=%s "
+            "ttft_s=%s total_s=%.3f retries=%d route=%s",
+            self._request_id,
+            self._path,
+            self.outcome,
+            self.prepared.prompt_tokens,
+            self._completion_tokens,
+            choices,
+            ",".join(sorted(set(self._reasons))) or "-",
+            "-" if self._first_token_s is None else f"{self._first_token_s:.3f}",
+            elapsed_s,
+            self.retries,
+            "|".join(self._generations[0].route) if 0 in self._generations else "-",
+        )

@@ -1,0 +1,89 @@
+"""A parsed call to generation requests: rendered, tokenised, and checked against the context. Runs on a thread."""
+
+from dataclasses import dataclass, replace
+
+from helixd.api.chat_request import ChatCall
+from helixd.api.completion_request import CompletionCall
+from helixd.api.errors import bad_field, context_too_long
+from helixd.api.options import ApiOptions
+from helixd.api.sampling_fields import CommonFields, Target, draw_seed
+from helixd.api.text import TextTools
+from helixd.coordinator.generation import GenerationRequest
+from helixd.ids import RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What goes to the coordinator for one HTTP request, one entry per prompt. `echoes`: each prompt's own text."""
+
+    requests: tuple[GenerationRequest, ...]
+    echoes: tuple[str, ...] = ()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Each prompt counts once, whatever `n` is."""
+        return sum(len(request.prompt) for request in self.requests)
+
+
+def prepare_chat(
+    call: ChatCall, text: TextTools, options: ApiOptions, target: Target, response_id: str, client: str
+) -> Prepared:
+    """The one generation of a chat call. Raises a 400 for messages that do not fit template or context."""
+    rendered = text.render_chat(
+        call.messages, call.add_generation_prompt, dict(call.scalars), options.limits.template_bytes
+    )
+    # The template writes the special tokens itself.
+    prompt = tuple(text.tokenizer.encode(rendered, add_special_tokens=False))
+    _check_length("messages", prompt, call.max_tokens, target)
+    request = _request(response_id, prompt, call.max_tokens, call.common, options, client)
+    return Prepared((request,))
+
+
+def prepare_completion(
+    call: CompletionCall, text: TextTools, options: ApiOptions, target: Target, response_id: str, client: str
+) -> Prepared:
+    """One generation per prompt of a completions call. Raises a 400 for a prompt that does not fit the context."""
+    requests: list[GenerationRequest] = []
+    echoes: list[str] = []
+    for index, given in enumerate(call.prompts):
+        if isinstance(given, str):
+            prompt = tuple(text.tokenizer.encode(given, add_special_tokens=call.add_special_tokens))
+        else:
+            prompt = given
+        if call.echo:
+            echoes.append(given if isinstance(given, str) else text.tokenizer.decode(prompt, skip_special_tokens=False))
+        # With `max_tokens` 0 one token is drawn and left out of the answer: a generation has at least one.
+        max_tokens = max(call.max_tokens, 1)
+        _check_length("prompt", prompt, max_tokens, target)
+        common = call.common
+        if index and not common.seeded:
+            common = replace(common, sampling=replace(common.sampling, seed=draw_seed()))
+        request_id = response_id if len(call.prompts) == 1 else f"{response_id}-{index}"
+        request = _request(request_id, prompt, max_tokens, common, options, client)
+        requests.append(replace(request, prompt_logprobs=call.echo and common.sampling.logprobs is not None))
+    return Prepared(tuple(requests), tuple(echoes))
+
+
+def _check_length(param: str, prompt: tuple[int, ...], max_tokens: int | None, target: Target) -> None:
+    if not prompt:
+        raise bad_field(param, "must not be empty: it has no tokens")
+    if len(prompt) + (max_tokens or 1) > target.context_tokens:
+        raise context_too_long(param, len(prompt), max_tokens, target.context_tokens)
+
+
+def _request(
+    request_id: str, prompt: tuple[int, ...], max_tokens: int | None, common: CommonFields, options: ApiOptions,
+    client: str,
+) -> GenerationRequest:  # fmt: skip
+    return GenerationRequest(
+        request_id=RequestId(request_id),
+        prompt=prompt,
+        n=common.n,
+        max_tokens=max_tokens,
+        sampling=common.sampling,
+        stop=common.stop,
+        stop_token_ids=common.stop_token_ids,
+        ignore_eos=common.ignore_eos,
+        deadline_s=options.request_timeout_s,
+        client=client,
+    )

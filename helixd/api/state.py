@@ -1,0 +1,72 @@
+"""What the handlers of one API share, and the count of generations each key has in flight."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from helixd.api.envelope import Envelope
+from helixd.api.errors import ApiError
+from helixd.api.metrics import ApiMetrics
+from helixd.api.options import ApiOptions
+from helixd.api.sampling_fields import Target
+from helixd.api.text import TextThreads, TextTools
+from helixd.coordinator.generation import Service
+
+REQUEST_ID = "helixd.request_id"
+CLIENT = "helixd.client"
+
+
+class InFlight:
+    """How many generation requests each key has in flight; open APIs are not counted."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._counts: Counter[str] = Counter()
+
+    @contextmanager
+    def slot(self, client: str) -> Iterator[None]:
+        """One request's place. Raises a 429 when the key has no place left."""
+        if not client:
+            yield
+            return
+        if self._counts[client] >= self._limit:
+            raise ApiError(
+                429,
+                f"This key has {self._limit} requests in flight, which is the limit; wait for one to end.",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "1"},
+            )
+        self._counts[client] += 1
+        try:
+            yield
+        finally:
+            self._counts[client] -= 1
+            if not self._counts[client]:
+                del self._counts[client]
+
+
+@dataclass(frozen=True, slots=True)
+class ApiState:
+    """`created`: when the API started, in seconds since the epoch, which is what OpenAI's `created` fields hold."""
+
+    service: Service
+    text: TextTools
+    options: ApiOptions
+    metrics: ApiMetrics
+    threads: TextThreads
+    in_flight: InFlight
+    created: int
+
+    def target(self) -> Target:
+        """What requests are checked against now."""
+        return Target(self.service.model_name, self.text.tokenizer.vocab_size, self.service.max_context_tokens)
+
+    def envelope(self, response_id: str, created: int) -> Envelope:
+        """The shared part of one request's answers."""
+        return Envelope(response_id, created, self.service.model_name, self.options.system_fingerprint)
+
+
+STATE: web.AppKey[ApiState] = web.AppKey("helixd.api.state", ApiState)
