@@ -6,16 +6,16 @@ changed (bad work, no KV room) or advances every sequence of the batch. Knows no
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from helixd.engine.kv import KvPool, Page
+from helixd.engine.kv import KvPool
 from helixd.engine.layer import DecoderLayer
-from helixd.engine.loader import TORCH_DTYPES, Head, WeightLoader
+from helixd.engine.loader import TORCH_DTYPES, WeightLoader
+from helixd.engine.output import Draw, Head, draw_tokens, score_tokens
 from helixd.engine.rope import Rope
-from helixd.engine.sampling import SCORE_ROWS, SamplerState, sample, token_logprobs
+from helixd.engine.sequence import Job, OpenSequence, check_work, open_sequence
 from helixd.engine.step import Item, plan_segments
 from helixd.engine.types import EngineOptions, SequenceSpec, StageResult, StageWork
 from helixd.errors import OutOfKv
@@ -23,7 +23,6 @@ from helixd.ids import SequenceId
 from helixd.layers import LayerRange
 from helixd.model.decoder import DecoderConfig
 from helixd.model.weights import WeightSource
-from helixd.sampling import TokenLogprobs
 
 # Tokens per KV page. Smaller pages waste less of a sequence's last page, larger ones make fewer, longer bmm rows.
 PAGE_TOKENS = 128
@@ -38,25 +37,6 @@ class KvExhausted(OutOfKv):
     def __init__(self, sequence: SequenceId, message: str) -> None:
         super().__init__(message)
         self.sequence = sequence
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    """An open sequence: `length` tokens of KV are valid, in `pages`."""
-
-    spec: SequenceSpec
-    sampler: SamplerState | None
-    length: int = 0
-    pages: list[Page] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Job:
-    """One work item with its sequence and token count."""
-
-    work: StageWork
-    sequence: _Sequence
-    count: int
 
 
 class Engine:
@@ -74,7 +54,7 @@ class Engine:
         self._layers: dict[int, DecoderLayer] = {}
         self._embedding: Tensor | None = None
         self._head: Head | None = None
-        self._sequences: dict[SequenceId, _Sequence] = {}
+        self._sequences: dict[SequenceId, OpenSequence] = {}
         self._ropes = [Rope(spec, self._device, self._dtype) for spec in config.ropes]
         self._embedding_scale = torch.tensor(config.embedding_scale).to(self._dtype).item()
         pages = options.kv_token_layers // page_tokens
@@ -180,12 +160,7 @@ class Engine:
             raise ValueError(f"sequence {spec.id} enters at layer 0, where no embedding is loaded")
         if spec.layers.end == self.config.num_layers and self._head is None:
             raise ValueError(f"sequence {spec.id} leaves the last layer, where no head is loaded")
-        if spec.sampling is not None and any(not self._is_token(token) for token, _ in spec.sampling.logit_bias):
-            raise ValueError(f"sequence {spec.id}: logit_bias names a token outside the vocabulary")
-        if not all(map(self._is_token, spec.prefix)):
-            raise ValueError(f"sequence {spec.id}: the prefix has a token outside the vocabulary")
-        sampler = None if spec.sampling is None else SamplerState(spec.sampling, spec.prompt_tokens, spec.prefix)
-        self._sequences[spec.id] = _Sequence(spec, sampler)
+        self._sequences[spec.id] = open_sequence(self.config, spec)
 
     def close(self, sequence: SequenceId) -> None:
         """Forget a sequence and free its KV. Unknown ones are ignored."""
@@ -196,6 +171,17 @@ class Engine:
     def length(self, sequence: SequenceId) -> int:
         """How many positions of an open sequence have KV. Raises KeyError."""
         return self._sequences[sequence].length
+
+    def assume(self, sequence: SequenceId, tokens: int) -> None:
+        """Give an open sequence `tokens` positions of zero KV that nobody computed: only for measuring time.
+
+        Raises KeyError for an unknown sequence and MemoryError where the pool has no room.
+        """
+        state = self._sequences[sequence]
+        pages = -(-tokens // self._pool.page_tokens) - len(state.pages)
+        if pages > 0:
+            state.pages.extend(self._pool.allocate(state.spec.layers, pages))
+        state.length = tokens
 
     # Compute
 
@@ -209,89 +195,27 @@ class Engine:
         if not batch:
             return []
         self._use_threads()
-        jobs = [self._check(work) for work in batch]
+        jobs = [self._job(work) for work in batch]
         if len({work.sequence for work in batch}) < len(batch):
             raise ValueError("a sequence is there twice in one batch")
         with torch.inference_mode():
             self._reserve(jobs)
-            # Single tokens first, in the order of their KV in memory: their attention then needs no gathering.
-            order = sorted(range(len(jobs)), key=lambda index: self._row_key(jobs[index]))
-            items: dict[int, Item] = {}
-            row = 0
-            for index in order:
-                job = jobs[index]
-                spec = job.sequence.spec
-                items[index] = Item(
-                    spec.layers, job.work.start, job.count, row, spec.prompt_tokens, job.sequence.pages
-                )  # fmt: skip
-                row += job.count
-            hidden = torch.cat([self._input(jobs[index].work) for index in order])
-            for segment in plan_segments(self.config, self._pool, self._ropes, [items[index] for index in order]):
-                active = hidden if segment.rows is None else hidden[segment.rows]
-                for layer in segment.layers.layers():
-                    active = self._layers[layer](active, segment)
-                if segment.rows is None:
-                    hidden = active
-                else:
-                    hidden[segment.rows] = active
-            results = self._finish(jobs, [items[index].row for index in range(len(jobs))], hidden)
+            rows, hidden = self._run(jobs)
+            results = self._results(jobs, rows, hidden)
         for job in jobs:
-            job.sequence.length = job.work.start + job.count
+            job.sequence.length = job.end
         return results
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and head: `[n, hidden_size]` to float32 `[n, vocab]`. Raises ValueError without a head."""
-        if self._head is None:
-            raise ValueError("no head is loaded")
-        logits = self._head.head(self._head.final_norm(hidden)).float()
-        cap = self.config.final_softcap
-        return logits if cap is None else torch.tanh(logits / cap).mul_(cap)
-
-    def _check(self, work: StageWork) -> _Job:
+    def _job(self, work: StageWork) -> Job:
         sequence = self._sequences.get(work.sequence)
-        where = f"sequence {work.sequence}"
         if sequence is None:
-            raise ValueError(f"{where} is not open")
-        layers = sequence.spec.layers
-        last = layers.end == self.config.num_layers
-        if layers.start == 0:
-            if work.token_ids is None or work.hidden is not None:
-                raise ValueError(f"{where} enters at layer 0 and takes token ids only")
-            if not all(map(self._is_token, work.token_ids)):
-                raise ValueError(f"{where}: a token id is outside the vocabulary")
-            count = len(work.token_ids)
-        else:
-            if work.hidden is None or work.token_ids is not None:
-                raise ValueError(f"{where} enters at layer {layers.start} and takes hidden states only")
-            if work.hidden.dim() != 2 or work.hidden.shape[1] != self.config.hidden_size:
-                raise ValueError(f"{where}: hidden is {list(work.hidden.shape)}, not [n, {self.config.hidden_size}]")
-            count = work.hidden.shape[0]
-        if count == 0:
-            raise ValueError(f"{where}: work without tokens")
-        if not 0 <= work.start <= sequence.length:
-            raise ValueError(f"{where}: work starts at {work.start}, its KV ends at {sequence.length}")
-        if work.start + count > self.options.max_context_tokens:
-            raise ValueError(f"{where}: {work.start + count} tokens, at most {self.options.max_context_tokens}")
-        if (work.sample or work.score is not None) and not last:
-            raise ValueError(f"{where} ends at layer {layers.end}; only the last stage samples and scores")
-        if work.sample and sequence.sampler is None:
-            raise ValueError(f"{where} was opened without sampling parameters")
-        if work.sample and sequence.sampler is not None:
-            sequence.sampler.check(work.start + count)
-        if work.score is not None:
-            if len(work.score) != count:
-                raise ValueError(f"{where}: {len(work.score)} ids to score for {count} tokens")
-            if not all(token is None or self._is_token(token) for token in work.score):
-                raise ValueError(f"{where}: an id to score is outside the vocabulary")
-        return _Job(work, sequence, count)
+            raise ValueError(f"sequence {work.sequence} is not open")
+        return check_work(self.config, self.options.max_context_tokens, sequence, work)
 
-    def _is_token(self, token: int) -> bool:
-        return 0 <= token < self.config.vocab_size
-
-    def _reserve(self, jobs: Sequence[_Job]) -> None:
+    def _reserve(self, jobs: Sequence[Job]) -> None:
         """Give every job its pages, or raise KvExhausted with nothing changed."""
         size = self._pool.page_tokens
-        wanted = [-(-(job.work.start + job.count) // size) - len(job.sequence.pages) for job in jobs]
+        wanted = [-(-job.end // size) - len(job.sequence.pages) for job in jobs]
         asked: dict[LayerRange, int] = {}
         for job, pages in zip(jobs, wanted, strict=True):
             if pages <= 0:
@@ -313,73 +237,70 @@ class Engine:
                 held.extend(self._pool.allocate(job.sequence.spec.layers, pages, held[-1] if held else None))
             job.sequence.length = job.work.start
 
-    @staticmethod
-    def _row_key(job: _Job) -> tuple[bool, int, int]:
-        first = job.sequence.pages[0]
-        return (job.count > 1, id(first.slab), first.number)
+    def _run(self, jobs: Sequence[Job]) -> tuple[list[int], Tensor]:
+        """Every job through its layers: the first row of each job, and the hidden states `[rows, hidden_size]`."""
+        # Single tokens in the order of their KV in memory: their attention then needs less gathering.
+        order = sorted(range(len(jobs)), key=lambda index: jobs[index].row_key)
+        rows = [0] * len(jobs)
+        items = []
+        row = 0
+        for index in order:
+            job, spec = jobs[index], jobs[index].sequence.spec
+            items.append(Item(spec.layers, job.work.start, job.count, row, spec.prompt_tokens, job.sequence.pages))
+            rows[index] = row
+            row += job.count
+        hidden = self._inputs([jobs[index].work for index in order])
+        for segment in plan_segments(self.config, self._pool, self._ropes, items):
+            active = hidden if segment.rows is None else hidden[segment.rows]
+            for layer in segment.layers.layers():
+                active = self._layers[layer](active, segment)
+            if segment.rows is None:
+                hidden = active
+            else:
+                hidden[segment.rows] = active
+        return rows, hidden
 
-    def _input(self, work: StageWork) -> Tensor:
-        """`[n, hidden_size]` of one work item on the device."""
-        if work.hidden is not None:
-            return work.hidden.to(self._device, self._dtype)
-        assert self._embedding is not None
-        rows = self._embedding[torch.tensor(work.token_ids, device=self._device)]
-        return rows if self._embedding_scale == 1.0 else rows * self._embedding_scale
+    def _inputs(self, works: Sequence[StageWork]) -> Tensor:
+        """The works' rows together, `[rows, hidden_size]`, owned by the caller."""
+        parts = []
+        for work in works:
+            if work.hidden is not None:
+                parts.append(work.hidden.to(self._device, self._dtype))
+            elif self._embedding is not None:
+                rows = self._embedding[torch.tensor(work.token_ids, device=self._device)]
+                parts.append(rows if self._embedding_scale == 1.0 else rows * self._embedding_scale)
+        return torch.cat(parts)
 
-    def _finish(self, jobs: Sequence[_Job], rows: Sequence[int], hidden: Tensor) -> list[StageResult]:
-        """Results of jobs whose first rows are `rows` of the step's final hidden states."""
-        tokens, logprobs = self._sample(jobs, rows, hidden)
+    def _results(self, jobs: Sequence[Job], rows: Sequence[int], hidden: Tensor) -> list[StageResult]:
+        """What each job hands on, from its rows of the step's final hidden states."""
+        draws = {
+            index: Draw(rows[index] + job.count - 1, job.end, job.sequence.sampler)
+            for index, job in enumerate(jobs)
+            if job.work.sample and job.sequence.sampler is not None
+        }
+        head = self._head
+        drawn = {} if head is None else dict(zip(draws, draw_tokens(head, hidden, list(draws.values())), strict=True))
         results = []
         for index, (job, row) in enumerate(zip(jobs, rows, strict=True)):
             own = hidden[row : row + job.count]
             if job.sequence.spec.layers.end < self.config.num_layers:
                 results.append(StageResult(job.work.sequence, hidden=own))
                 continue
-            scores = self._score(job, own)
+            scores = None
+            if job.work.score is not None and head is not None:
+                sampling = job.sequence.spec.sampling
+                top = 0 if sampling is None else sampling.logprobs or 0
+                scores = score_tokens(head, own, job.work.score, top)
+            token = drawn.get(index)
             results.append(
-                StageResult(job.work.sequence, token=tokens.get(index), logprobs=logprobs.get(index), scores=scores)
+                StageResult(
+                    job.work.sequence,
+                    token=None if token is None else token.token,
+                    logprobs=None if token is None else token.logprobs,
+                    scores=scores,
+                )
             )
         return results
-
-    def _sample(
-        self, jobs: Sequence[_Job], rows: Sequence[int], hidden: Tensor
-    ) -> tuple[dict[int, int], dict[int, TokenLogprobs]]:
-        """Tokens and log probabilities by job index, where asked for."""
-        drawing = [(index, job.sequence.sampler) for index, job in enumerate(jobs) if job.work.sample]
-        picked = [(index, sampler) for index, sampler in drawing if sampler is not None]
-        if not picked:
-            return {}, {}
-        last = torch.tensor([rows[index] + jobs[index].count - 1 for index, _ in picked], device=self._device)
-        logits = self.logits(hidden[last])
-        positions = [jobs[index].work.start + jobs[index].count for index, _ in picked]
-        drawn = sample(logits, [sampler for _, sampler in picked], positions)
-        tokens = {index: token for (index, _), token in zip(picked, drawn, strict=True)}
-        reported = [
-            (at, index, sampler.params.logprobs)
-            for at, (index, sampler) in enumerate(picked)
-            if sampler.params.logprobs is not None
-        ]
-        if not reported:
-            return tokens, {}
-        chosen = logits[torch.tensor([at for at, _, _ in reported], device=self._device)]
-        found = token_logprobs(chosen, [drawn[at] for at, _, _ in reported], [top for _, _, top in reported])
-        return tokens, {index: logprob for (_, index, _), logprob in zip(reported, found, strict=True)}
-
-    def _score(self, job: _Job, hidden: Tensor) -> tuple[TokenLogprobs | None, ...] | None:
-        """Log probabilities of the ids that follow the rows of `hidden [n, hidden_size]`, where asked for."""
-        if job.work.score is None:
-            return None
-        sampler = job.sequence.sampler
-        top = 0 if sampler is None else sampler.params.logprobs or 0
-        wanted = [(row, token) for row, token in enumerate(job.work.score) if token is not None]
-        scores: list[TokenLogprobs | None] = [None] * job.count
-        for at in range(0, len(wanted), SCORE_ROWS):
-            part = wanted[at : at + SCORE_ROWS]
-            logits = self.logits(hidden[torch.tensor([row for row, _ in part], device=self._device)])
-            found = token_logprobs(logits, [token for _, token in part], [top] * len(part))
-            for (row, _), logprob in zip(part, found, strict=True):
-                scores[row] = logprob
-        return tuple(scores)
 
     def _use_threads(self) -> None:
         """torch's thread count belongs to the calling thread, so it is set where the work is done."""

@@ -6,7 +6,6 @@ part into its final place; linears are then packed and the plain copy is dropped
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from helixd.engine.layer import DecoderLayer, FeedForward, GatedMlp
 from helixd.engine.linear import Linear, PlainLinear, make_linear, packable
 from helixd.engine.moe import SparseMlp
 from helixd.engine.norm import RmsNorm
+from helixd.engine.output import Head
 from helixd.errors import ModelError
 from helixd.model.decoder import DecoderConfig, DType
 from helixd.model.names import TensorSpec, embedding_weights, head_weights, layer_weights
@@ -25,14 +25,6 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Head:
-    """The end of the model: `final_norm`, then `head` to logits."""
-
-    final_norm: RmsNorm
-    head: Linear
 
 
 class WeightLoader:
@@ -54,7 +46,7 @@ class WeightLoader:
         norm = self._norm(weights, "final_norm")
         if norm is None:
             raise ModelError("the model has no final norm")
-        return Head(norm, self._head_linear(weights, embedding))
+        return Head(norm, self._head_linear(weights, embedding), self._config.final_softcap)
 
     def _head_linear(self, weights: Mapping[str, Sequence[TensorSpec]], embedding: Tensor | None) -> Linear:
         if self._config.tied and embedding is not None and not packable(self._device, self._dtype):

@@ -17,8 +17,6 @@ from helixd.sampling import SamplingParams, TokenLogprobs
 
 # Alternatives looked at first for top_p: sorting a whole vocabulary costs more than everything else here.
 _NUCLEUS_TOKENS = 256
-# Rows of logits that are scored at a time, so that scoring a long prompt does not take prompt x vocabulary floats.
-SCORE_ROWS = 64
 
 
 class SamplerState:
