@@ -3,6 +3,8 @@
 The message is advice: what happened, where, what to do about it. Rooms keep narrower errors of their own.
 """
 
+from typing import Literal
+
 
 class HelixError(Exception):
     """Base of every error helixd raises on purpose."""
@@ -26,12 +28,24 @@ class PeerLost(HelixError):
 
 
 class OutOfKv(HelixError):
-    """A node has no KV room for what was asked; the sequence must wait or go elsewhere."""
+    """A node has no KV room for what was asked; the sequence must wait or go elsewhere.
+
+    `sequence` is the engine's id of the one that did not fit, where it is known.
+    """
+
+    def __init__(self, message: str, sequence: int | None = None) -> None:
+        super().__init__(message)
+        self.sequence = sequence
 
 
 class NoRoute(HelixError):
-    """No admissible pipeline exists for a sequence right now. `reason` is short and fit for a client."""
+    """No admissible pipeline exists for a sequence right now. `reason` is short and fit for a client.
 
-    def __init__(self, reason: str) -> None:
+    `cause` decides what to do: "kv" (the pipelines exist but are full: waiting helps) or "topology" (none can serve
+    this sequence until nodes, links or the plan change).
+    """
+
+    def __init__(self, reason: str, *, cause: Literal["kv", "topology"] = "topology") -> None:
         super().__init__(reason)
         self.reason = reason
+        self.cause = cause

@@ -122,9 +122,7 @@ class FlowModel:
         )
         return Flow(value, edges, through, tight_nodes, tight_edges)
 
-    def _run(
-        self, placement: Placement, *, spread: bool
-    ) -> tuple[float, Network, dict[NodeId, int], dict[Edge, int]]:
+    def _run(self, placement: Placement, *, spread: bool) -> tuple[float, Network, dict[NodeId, int], dict[Edge, int]]:
         """Vertices: 0 source, 1 sink, 2+2i and 3+2i in and out of node i, then the coordinator's NIC ends."""
         edges = self.edges(placement)
         capacity = {node: node_capacity(self.spec, self._nodes[node], len(held)) for node, held in placement.items()}

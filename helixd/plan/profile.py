@@ -7,6 +7,7 @@ the prompts and decodes of a step, hence tokens/s. T(j) therefore depends on the
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from helixd.ids import NodeId
 from helixd.plan.spec import ModelSpec, NodeProfile, WorkloadSpec
@@ -51,10 +52,7 @@ def layer_time_s(points: Points, batch: float) -> float:
     first_x, first_y = points[0]
     if batch <= first_x or len(points) == 1:
         return first_y
-    low, high = points[0], points[1]
-    for low, high in zip(points, points[1:], strict=False):
-        if batch <= high[0]:
-            break
+    low, high = next((pair for pair in pairwise(points) if batch <= pair[1][0]), (points[-2], points[-1]))
     return low[1] + (high[1] - low[1]) * (batch - low[0]) / (high[0] - low[0])
 
 
@@ -84,7 +82,8 @@ def derive_throughput(
             break
         fleet_s = sum(per_token_s[name] * counts[name] * typical[name] for name in holders) / weight
         per_token_s = {
-            name: 1 / (_throughput(times, typical[name], per_token_s[name], fleet_s, workload, num_layers) * typical[name])
+            name: 1
+            / (_throughput(times, typical[name], per_token_s[name], fleet_s, workload, num_layers) * typical[name])
             for name, times in holders.items()
         }
     fleet_s = sum(per_token_s[name] * counts[name] * typical[name] for name in holders) / weight if weight else 0.0

@@ -1,0 +1,101 @@
+"""Placement by moving one node at a time, where every layer wants the same flow and links are not looked at.
+
+Where links do not bind, the max flow of a placement is the least over the layers of the sum of T over the nodes that
+hold them. So the search fills `deficit = sum over layers of max(0, flow - cover)`; it copes with anything a node may
+be asked for (pins, T(j) that is not monotone, embedding and head), at the price of being a search.
+"""
+
+from collections.abc import Mapping
+from random import Random
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helixd.ids import NodeId
+from helixd.layers import LayerRange
+from helixd.plan.flow import node_capacity
+from helixd.plan.holding import Holding
+
+Placement = dict[NodeId, LayerRange]
+
+
+class CoverSearch:
+    """Gibbs moves over the ranges of the free nodes of one cluster; pinned nodes stay. Same seed, same result."""
+
+    def __init__(self, holding: Holding, *, seed: int = 0) -> None:
+        self._holding = holding
+        self._random = Random(seed)  # noqa: S311
+        spec = holding.spec
+        nodes = {node.id: node for node in holding.usable()}
+        self._options = {node: options for node in nodes if (options := holding.options(node))}
+        self._starts = {n: np.array([r.start for r in options]) for n, options in self._options.items()}
+        self._ends = {n: np.array([r.end for r in options]) for n, options in self._options.items()}
+        self._rates = {
+            n: np.array([node_capacity(spec, nodes[n], len(r)) for r in options])
+            for n, options in self._options.items()
+        }
+        self._levels = {n: np.unique(rates) for n, rates in self._rates.items()}
+        self._choice: dict[NodeId, int | None] = {}
+        self._cover: NDArray[np.float64] = np.zeros(holding.num_layers)
+
+    def run(self, target: float, *, sweeps: int, start: Mapping[NodeId, LayerRange] | None = None) -> Placement:
+        """The best placement met on the way to a cover of `target` tokens/s; raises the target when it is reached."""
+        self._begin(start or {})
+        order = sorted(self._options)
+        best_flow, best = float(self._cover.min()), self._placement()
+        for sweep in range(sweeps):
+            warmth = 0.3 * (1 - sweep / sweeps) if sweep % 3 else 0.0
+            self._random.shuffle(order)
+            for node in order:
+                self._move(node, target, warmth)
+                flow = float(self._cover.min())
+                if flow > best_flow * (1 + 1e-9):
+                    best_flow, best = flow, self._placement()
+                    target = max(target, flow * 1.02)
+        return best
+
+    def _begin(self, start: Mapping[NodeId, LayerRange]) -> None:
+        self._cover = np.zeros(self._holding.num_layers)
+        for node, options in self._options.items():
+            held = start.get(node)
+            if self._holding.must_hold(node) and held is None:
+                held = options[0]
+            self._choice[node] = None
+            if held is not None and held in options:
+                self._put(node, options.index(held))
+
+    def _placement(self) -> Placement:
+        return {
+            node: self._options[node][choice] for node, choice in sorted(self._choice.items()) if choice is not None
+        }
+
+    def _put(self, node: NodeId, choice: int | None) -> None:
+        self._choice[node] = choice
+        if choice is not None:
+            self._cover[self._starts[node][choice] : self._ends[node][choice]] += self._rates[node][choice]
+
+    def _take(self, node: NodeId) -> None:
+        choice = self._choice[node]
+        if choice is not None:
+            held = slice(self._starts[node][choice], self._ends[node][choice])
+            self._cover[held] -= self._rates[node][choice]
+            # Keeps a layer that nobody holds at exactly nothing.
+            self._cover[np.abs(self._cover) < 1e-9] = 0.0
+
+    def _move(self, node: NodeId, target: float, warmth: float) -> None:
+        self._take(node)
+        deficit = np.maximum(0.0, target - self._cover)
+        starts, ends, rates = self._starts[node], self._ends[node], self._rates[node]
+        gain = np.empty(len(rates))
+        for rate in self._levels[node]:
+            filled = np.concatenate(([0.0], np.cumsum(np.minimum(deficit, rate))))
+            at = rates == rate
+            gain[at] = filled[ends[at]] - filled[starts[at]]
+        if warmth > 0:
+            gain = gain + warmth * gain.max() * np.array([self._random.random() for _ in range(len(gain))]) ** 4
+        best = np.flatnonzero(gain >= gain.max() * (1 - 1e-12))
+        choice = int(best[self._random.randrange(len(best))])
+        if gain[choice] <= 0 and not self._holding.must_hold(node):
+            self._put(node, None)
+        else:
+            self._put(node, choice)

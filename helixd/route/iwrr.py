@@ -1,0 +1,54 @@
+"""Interleaved weighted round robin: draws whose shares follow given weights, evenly mixed, under masks.
+
+Every candidate has a credit. A draw of some cost gives the cost out as credit in proportion to the weights of the
+candidates that may be drawn, and takes it from the one with most credit. So after any number of unmasked draws each
+candidate is within a few draws of its exact share. Who is masked neither gains nor loses, so a node that comes back
+is not flooded.
+"""
+
+from collections.abc import Collection, Mapping
+
+from helixd.ids import NodeId
+
+
+class WeightedRoundRobin:
+    """The draws of one vertex. Not random: the same calls give the same draws.
+
+    Raises ValueError for weights that are not positive.
+    """
+
+    __slots__ = ("_credit", "_largest_cost", "_weights")
+
+    def __init__(self, weights: Mapping[NodeId, float]) -> None:
+        for node, weight in weights.items():
+            if not weight > 0:
+                raise ValueError(f"weight of {node} must be positive, is {weight}")
+        self._weights = dict(weights)
+        self._credit = dict.fromkeys(weights, 0.0)
+        self._largest_cost = 0.0
+
+    def choose(self, allowed: Collection[NodeId], cost: float = 1.0) -> NodeId:
+        """Who of `allowed` is next for work of that cost; changes nothing. Raises ValueError if nobody is allowed."""
+        total = sum(self._weights[node] for node in allowed)
+        if total <= 0:
+            raise ValueError("nobody may be drawn")
+        # Ties go to the heavier, then to the smaller id, so that draws are the same everywhere.
+        return min(
+            allowed,
+            key=lambda node: (
+                -(self._credit[node] + cost * self._weights[node] / total), -self._weights[node], node
+            ),
+        )  # fmt: skip
+
+    def charge(self, node: NodeId, allowed: Collection[NodeId], cost: float = 1.0) -> None:
+        """Account work of that cost to `node`: drawn among `allowed`, or following an earlier draw (decode steps)."""
+        sharing = {*allowed, node}
+        total = sum(self._weights[other] for other in sharing)
+        for other in sharing:
+            self._credit[other] += cost * self._weights[other] / total
+        self._credit[node] -= cost
+        # Long masks with decode load running would let credit grow without end, and then starve or flood a node.
+        self._largest_cost = max(self._largest_cost, cost)
+        limit = (len(self._weights) + 1) * self._largest_cost
+        for other in sharing:
+            self._credit[other] = min(limit, max(-limit, self._credit[other]))

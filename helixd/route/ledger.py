@@ -1,0 +1,130 @@
+"""Who holds how much KV room where, as the coordinator believes it: in tokens x layers, soft, below the workers' limit.
+
+A reservation is what a sequence is expected to grow to. It is given back exactly once per (sequence, attempt, node),
+when the worker says it freed the KV, when the node starts a new life, or when a lease ends. Workers keep the hard
+limit; `over` tells who has to be relieved.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from helixd.errors import OutOfKv
+from helixd.ids import Attempt, NodeId, SequenceId
+
+_FIRST = Attempt(0)
+_Key = tuple[SequenceId, Attempt]
+
+
+@dataclass(slots=True)
+class _Held:
+    layers: int
+    tokens: int
+
+
+class KvLedger:
+    """The one owner of reservations. `high_water` is the share of a node's room that new sequences may fill.
+
+    A sequence alone on a node may take all of it, so that the mark never makes a sequence unservable.
+    """
+
+    def __init__(self, capacity_token_layers: Mapping[NodeId, int], *, high_water: float = 0.9) -> None:
+        if not 0 < high_water <= 1:
+            raise ValueError(f"high_water must be in (0, 1], is {high_water}")
+        self._capacity = dict(capacity_token_layers)
+        self._high_water = high_water
+        self._held: dict[NodeId, dict[_Key, _Held]] = {}
+        self._used: dict[NodeId, int] = {}
+
+    def capacity(self, node: NodeId) -> int:
+        """Room of `node` in tokens x layers; 0 for an unknown one."""
+        return self._capacity.get(node, 0)
+
+    def used(self, node: NodeId) -> int:
+        """Reserved on `node`, in tokens x layers."""
+        return self._used.get(node, 0)
+
+    def total_used(self) -> int:
+        """Reserved on all nodes together."""
+        return sum(self._used.values())
+
+    def holders(self, node: NodeId) -> tuple[tuple[SequenceId, Attempt], ...]:
+        """Who holds something on `node`, oldest first."""
+        return tuple(self._held.get(node, ()))
+
+    def nodes_of(self, sequence: SequenceId, attempt: Attempt | None = None) -> tuple[NodeId, ...]:
+        """Where a sequence holds something (in any attempt, or in one)."""
+        return tuple(
+            node
+            for node, held in self._held.items()
+            if any(key[0] == sequence and attempt in (None, key[1]) for key in held)
+        )
+
+    def set_capacity(self, node: NodeId, token_layers: int) -> None:
+        """The node's room changed (a new plan). What is held stays held; `over` tells if it is too much now."""
+        self._capacity[node] = token_layers
+
+    def affordable_tokens(self, node: NodeId, layers: int) -> int:
+        """The most tokens one sequence can ever hold in `layers` layers of `node`, were it alone there."""
+        return self.capacity(node) // layers
+
+    def fits(self, node: NodeId, layers: int, tokens: int) -> bool:
+        """Whether a new sequence may be admitted there now."""
+        need, capacity, used = layers * tokens, self.capacity(node), self.used(node)
+        return used + need <= (capacity * self._high_water if used else capacity)
+
+    def reserve(
+        self, sequence: SequenceId, node: NodeId, layers: int, tokens: int, *, attempt: Attempt = _FIRST
+    ) -> None:
+        """Reserve `layers * tokens`. Raises OutOfKv if it does not fit, ValueError if the attempt holds some there."""
+        if not self.fits(node, layers, tokens):
+            raise OutOfKv(
+                f"node {node} has no room for {layers} layers x {tokens} tokens: "
+                f"{self.used(node)} of {self.capacity(node)} are reserved"
+            )
+        held = self._held.setdefault(node, {})
+        if (sequence, attempt) in held:
+            raise ValueError(f"sequence {sequence} attempt {attempt} already holds KV on {node}")
+        held[sequence, attempt] = _Held(layers, tokens)
+        self._used[node] = self.used(node) + layers * tokens
+
+    def grow(self, sequence: SequenceId, tokens: int, *, attempt: Attempt = _FIRST) -> tuple[NodeId, ...]:
+        """The sequence has `tokens` tokens in KV now: where that is more than was reserved, the reservation follows.
+
+        Returns the nodes of the sequence that are over their capacity now; somebody there has to give way.
+        """
+        over: list[NodeId] = []
+        for node, holders in self._held.items():
+            held = holders.get((sequence, attempt))
+            if held is None:
+                continue
+            if tokens > held.tokens:
+                self._used[node] += held.layers * (tokens - held.tokens)
+                held.tokens = tokens
+            if self._used[node] > self.capacity(node):
+                over.append(node)
+        return tuple(over)
+
+    def release(self, sequence: SequenceId, node: NodeId, *, attempt: Attempt | None = None) -> int:
+        """Give back what a sequence (one attempt of it, or all) holds on `node`; how much it was. Safe to repeat."""
+        holders = self._held.get(node, {})
+        keys = [key for key in holders if key[0] == sequence and attempt in (None, key[1])]
+        freed = 0
+        for key in keys:
+            held = holders.pop(key)
+            freed += held.layers * held.tokens
+        if freed:
+            self._used[node] -= freed
+        return freed
+
+    def release_everywhere(self, sequence: SequenceId, *, attempt: Attempt | None = None) -> int:
+        """Give back what a sequence holds on all nodes; how much it was."""
+        return sum(self.release(sequence, node, attempt=attempt) for node in tuple(self._held))
+
+    def forget_node(self, node: NodeId) -> int:
+        """The node lost all its KV (a new life, or gone): nothing is held there any more; how much it was."""
+        self._held.pop(node, None)
+        return self._used.pop(node, 0)
+
+    def over(self) -> tuple[NodeId, ...]:
+        """Nodes that hold more than their capacity."""
+        return tuple(node for node, used in self._used.items() if used > self.capacity(node))
