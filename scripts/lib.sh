@@ -84,12 +84,12 @@ print(hashlib.sha256(open("pyproject.toml", "rb").read() + sys.version.encode())
     if ! "$VENV/bin/python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
         requirement=$(torch_requirement) || exit 1
         say "Installing $requirement"
-        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$requirement"
+        "$VENV/bin/python" -m pip install -qq --disable-pip-version-check "$requirement"
     fi
     say "Installing helixd${extra:+[$extra]} and its dependencies (minutes, the first time)"
     constraints=$VENV/.helixd-constraints
     "$VENV/bin/python" -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' >"$constraints"
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" \
+    "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --constraint "$constraints" \
         --editable ".${extra:+[$extra]}"
     printf '%s\n' "$wanted" >"$stamp"
     # Every extra contains the plain installation.
