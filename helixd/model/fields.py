@@ -55,9 +55,13 @@ class Fields:
         value = self.raw(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        try:
+            number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+        except OverflowError:
+            number = math.inf
+        if not (math.isfinite(number) and number > 0):
             raise ModelError(f"{self._where}: {key} = {value!r} must be a finite number above 0")
-        return float(value)
+        return number
 
     def flag(self, key: str) -> bool:
         """A boolean; absent or null is false."""

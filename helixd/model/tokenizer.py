@@ -35,6 +35,7 @@ class Tokenizer:
         self._specials = MappingProxyType(dict(specials))
         self._special_ids = special_ids
         self._bytes: dict[int, bytes] = {}
+        self._vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self.decoder = decoder
 
     @classmethod
@@ -64,8 +65,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids the tokenizer knows; a model's own vocabulary may be padded beyond it."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        """One more than the highest id the tokenizer knows; a model's own vocabulary may be padded beyond it."""
+        return self._vocab_size
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
