@@ -1,6 +1,8 @@
 """Config files of the supported families as they lie on the Hub (old key forms), and tiny checkpoints of each."""
 
+import atexit
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -274,6 +276,8 @@ def tiny_checkpoint(family: str) -> Path:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**_TINY, **TINY[family])
-    target = Path(tempfile.mkdtemp(prefix="helixd-tiny-")) / family.lower()
+    parent = Path(tempfile.mkdtemp(prefix="helixd-tiny-"))
+    atexit.register(shutil.rmtree, parent, ignore_errors=True)
+    target = parent / family.lower()
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(target)
     return target
