@@ -1,0 +1,97 @@
+"""What README.md tells people to type exists: flags, files, configuration keys, JSON."""
+
+import json
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from helixd.cli import build_parser
+from helixd.config import ConfigErrors, load
+from helixd.config.load import SCHEMA
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Every command line of the shell blocks as words, without leading assignments."""
+    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line) for line in lines if line]
+    return [line[next(n for n, word in enumerate(line) if "=" not in word) :] for line in words]
+
+
+def test_helixd_command_lines_parse() -> None:
+    lines = [words for words in commands() if words[0] == "helixd"]
+    assert len(lines) >= 6
+    for words in lines:
+        arguments = build_parser().parse_args(words[1:])
+        for assignment in arguments.set:
+            assert tuple(assignment.split("=")[0].split(".")) in SCHEMA.keys
+
+
+def test_flags_in_the_text_exist() -> None:
+    flags = {option for action in build_parser()._actions for option in action.option_strings}
+    for script in ("quickstart", "bench_serve.py"):
+        flags |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / "scripts" / script).read_text(encoding="utf-8")))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT))
+    assert len(named) > 8
+    assert named <= flags
+
+
+def test_files_named_exist() -> None:
+    named = re.findall(r"(?:^|[\s`(])((?:scripts|tests|docs|\.ci)/[\w./-]+)", TEXT)
+    linked = [target for target in re.findall(r"\]\(([^)]+)\)", TEXT) if "://" not in target]
+    assert len(named) > 5
+    assert [name for name in {*named, *linked} if not (ROOT / name).exists()] == []
+
+
+def test_configuration_files_have_known_keys_and_values(tmp_path: Path) -> None:
+    files = blocks("toml")
+    assert len(files) == 2
+    secret = tmp_path / "cluster.secret"
+    secret.write_text("s" * 40)
+    secret.chmod(0o600)
+    for number, text in enumerate(files):
+        tomllib.loads(text)
+        file = tmp_path / f"{number}.toml"
+        file.write_text(text, encoding="utf-8")
+        # The model's directory is the reader's own.
+        assert problems(file) <= {"model.path: /srv/models/llama is not a directory"}
+
+
+def problems(file: Path) -> set[str]:
+    """What is wrong with a configuration file."""
+    try:
+        load([], {"HOME": str(file.parent)}, file)
+    except ConfigErrors as errors:
+        return {problem.message for problem in errors.problems}
+    return set()
+
+
+def test_environment_variables_named_are_keys() -> None:
+    known = {spec.env_name for spec in SCHEMA.keys.values()} | {"HELIXD_CONFIG", "HELIXD_TORCH"}
+    assert set(re.findall(r"HELIXD_\w+", TEXT)) <= known
+
+
+def test_request_bodies_are_json() -> None:
+    bodies = [words[words.index("-d") + 1] for words in commands() if words[0] == "curl" and "-d" in words]
+    assert bodies
+    for body in bodies:
+        assert json.loads(body)["model"] == "demo"
+
+
+def test_python_parses() -> None:
+    (source,) = blocks("python")
+    compile(source, "README.md", "exec")
+
+
+@pytest.mark.parametrize("name", ["README.md", "helixd.toml", "LICENSE"])
+def test_what_a_package_needs_is_there(name: str) -> None:
+    assert (ROOT / name).stat().st_size > 1000
