@@ -1,0 +1,102 @@
+"""Application-level credits: how much a sender may have under way that the receiver's handlers have not finished.
+
+Both ends compute the same charge for a frame: its bytes plus a constant, at most half a window. The receiver returns
+credits in lots of a quarter window, so at rest at least three quarters are free and no frame can wait for ever,
+whatever its size. One window per direction and class.
+"""
+
+import asyncio
+from collections import deque
+
+from helixd.errors import PeerLost
+from helixd.wire.errors import FrameError
+
+FRAME_OVERHEAD_BYTES = 256
+
+
+def frame_charge(frame_bytes: int, window_bytes: int) -> int:
+    """What a frame of `frame_bytes` costs of a window; the constant bounds how many tiny frames fit into it."""
+    return min(frame_bytes + FRAME_OVERHEAD_BYTES, window_bytes // 2)
+
+
+class CreditGate:
+    """The sender's side. Waiters pass in the order they came; each may write before the next one is woken."""
+
+    def __init__(self, window_bytes: int) -> None:
+        self.window_bytes = window_bytes
+        self.progress = 0
+        self._available = window_bytes
+        self._waiters: deque[tuple[asyncio.Future[None], int]] = deque()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether somebody waits for credits."""
+        return bool(self._waiters)
+
+    async def acquire(self, charge: int) -> None:
+        """Take `charge` credits, waiting for them. Raises what `fail` was given. No await before the caller resumes."""
+        if charge <= self._available and not self._waiters:
+            self._available -= charge
+            return
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (granted, charge)
+        self._waiters.append(entry)
+        try:
+            await granted
+        except asyncio.CancelledError:
+            if granted.done() and not granted.cancelled() and granted.exception() is None:
+                self._available += charge
+            raise
+        finally:
+            self._waiters.remove(entry)
+            self._wake()
+
+    def give(self, credit: int) -> None:
+        """Credits came back. Raises FrameError if they are more than were taken."""
+        if credit < 1 or self._available + credit > self.window_bytes:
+            raise FrameError(f"the peer returned {credit} credits that were never taken")
+        self._available += credit
+        self.progress += 1
+        self._wake()
+
+    def restore(self, charge: int) -> None:
+        """Give back credits of a frame that was never sent."""
+        self._available += charge
+        self._wake()
+
+    def fail(self, error: PeerLost) -> None:
+        """Let every waiter raise `error`."""
+        for granted, _ in self._waiters:
+            if not granted.done():
+                granted.set_exception(error)
+
+    def _wake(self) -> None:
+        if self._waiters:
+            granted, charge = self._waiters[0]
+            if not granted.done() and charge <= self._available:
+                self._available -= charge
+                granted.set_result(None)
+
+
+class CreditReturn:
+    """The receiver's side: notes what came in and what was handled, and when credits are worth a message."""
+
+    def __init__(self, window_bytes: int) -> None:
+        self.window_bytes = window_bytes
+        self._outstanding = 0
+        self._owed = 0
+
+    def took(self, charge: int) -> None:
+        """A frame came in. Raises FrameError if the sender had no credits for it."""
+        self._outstanding += charge
+        if self._outstanding > self.window_bytes:
+            raise FrameError(f"the peer sent more than its window of {self.window_bytes} bytes")
+
+    def handled(self, charge: int) -> int:
+        """A frame is done with; returns the credits to send back now (0: hold them until there are more)."""
+        self._owed += charge
+        if self._owed < self.window_bytes // 4:
+            return 0
+        credit, self._owed = self._owed, 0
+        self._outstanding -= credit
+        return credit

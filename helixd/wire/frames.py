@@ -1,0 +1,129 @@
+"""The codec: frames to bytes and back, with msgpack and hard limits.
+
+A small frame is one msgpack message `[kind, body, payload]`, payload bin or nil. A bulk frame is a msgpack message
+`[kind, body, nbytes]`; the payload follows outside msgpack as raw bytes. Kinds of users are `0 <= kind <= MAX_KIND`;
+negative kinds belong to the links themselves.
+
+Only FrameError leaves this module, whatever the bytes or the object. What `encode_*` accepts, `decode_*` of a peer
+with the same limits accepts. Tuples arrive as lists. Limits: lists of at most 4096 entries, maps of at most 64 with str
+keys, strings of at most 1024 bytes, no extension types.
+"""
+
+import msgpack  # type: ignore[import-untyped]
+
+from helixd.wire.errors import FrameError
+
+MAX_KIND = 0x7FFF
+MAX_LIST_ENTRIES = 4096
+MAX_MAP_ENTRIES = 64
+MAX_STR_BYTES = 1024
+# A flat list this small cannot break a limit of the decoder, so its encoding need not be tried.
+_UNCHECKED_BYTES = 256
+_SCALARS = frozenset({int, float, str, bytes, bool, type(None)})
+# kind, the message's own array header, nbytes or the bin header.
+_ENVELOPE_BYTES = 32
+
+_packer = msgpack.Packer(autoreset=True)
+
+
+def byte_view(payload: object) -> memoryview:
+    """`payload` as a flat view of bytes, not copied. Raises FrameError unless it is a C-contiguous buffer."""
+    try:
+        view = memoryview(payload)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise FrameError(f"a payload must be a buffer of bytes, not {type(payload).__name__}") from error
+    if not view.c_contiguous:
+        raise FrameError(f"a payload must be C-contiguous; this one has shape {view.shape} and strides {view.strides}")
+    return view.cast("B") if view.nbytes else memoryview(b"")
+
+
+def encode_small(kind: int, body: object, payload: memoryview | None, max_body_bytes: int) -> bytes:
+    """One message `[kind, body, payload]`; `payload` is copied into it. Raises FrameError naming what is too large."""
+    data = _pack([kind, body, payload])
+    _check_encoded(kind, body, data, 0 if payload is None else payload.nbytes, max_body_bytes)
+    return data
+
+
+def encode_bulk_header(kind: int, body: object, payload_bytes: int, max_body_bytes: int) -> bytes:
+    """The message `[kind, body, payload_bytes]` that announces a payload sent outside msgpack. Raises FrameError."""
+    data = _pack([kind, body, payload_bytes])
+    _check_encoded(kind, body, data, 0, max_body_bytes)
+    return data
+
+
+def decode_small(data: bytes, max_body_bytes: int, max_payload_bytes: int) -> tuple[int, object, memoryview | None]:
+    """`(kind, body, payload)` of one small message; the payload is owned, writable memory. Raises FrameError."""
+    if len(data) > max_body_bytes + max_payload_bytes + _ENVELOPE_BYTES:
+        raise FrameError(f"a small frame of {len(data)} bytes exceeds {max_body_bytes} + {max_payload_bytes}")
+    kind, body, payload = _unpack(data, max(max_body_bytes, max_payload_bytes))
+    if payload is None:
+        return kind, body, None
+    if not isinstance(payload, bytes):
+        raise FrameError(f"the payload of kind {kind} is {type(payload).__name__}, not bytes")
+    if len(payload) > max_payload_bytes:
+        raise FrameError(f"a small payload of {len(payload)} bytes exceeds {max_payload_bytes}")
+    return kind, body, memoryview(bytearray(payload))
+
+
+def decode_bulk_header(data: bytes, max_body_bytes: int, max_frame_bytes: int) -> tuple[int, object, int]:
+    """`(kind, body, payload_bytes)` of a bulk header, `1 <= payload_bytes <= max_frame_bytes`. Raises FrameError."""
+    if len(data) > max_body_bytes + _ENVELOPE_BYTES:
+        raise FrameError(f"a bulk header of {len(data)} bytes exceeds {max_body_bytes}")
+    kind, body, payload_bytes = _unpack(data, max_body_bytes)
+    if type(payload_bytes) is not int or not 1 <= payload_bytes <= max_frame_bytes:
+        raise FrameError(f"a bulk frame of kind {kind} announces {payload_bytes!r} bytes, allowed 1..{max_frame_bytes}")
+    return kind, body, payload_bytes
+
+
+def _pack(message: list[object]) -> bytes:
+    try:
+        return bytes(_packer.pack(message))
+    except (ValueError, TypeError, OverflowError, RecursionError, BufferError) as error:
+        _packer.reset()
+        raise FrameError(f"a frame of kind {message[0]!r} cannot be encoded: {error}") from error
+
+
+def _check_encoded(kind: int, body: object, data: bytes, payload_bytes: int, max_body_bytes: int) -> None:
+    if kind > MAX_KIND:
+        raise FrameError(f"frame kind {kind} is above {MAX_KIND}")
+    body_bytes = len(data) - payload_bytes
+    if body_bytes > max_body_bytes:
+        raise FrameError(
+            f"the body of a frame of kind {kind} is {body_bytes} bytes, at most {max_body_bytes} are allowed; "
+            "put large data into the payload"
+        )
+    if body_bytes > _UNCHECKED_BYTES or not _is_flat(body):
+        _unpack(data if payload_bytes == 0 else _pack([kind, body, None]), max_body_bytes)
+
+
+def _is_flat(body: object) -> bool:
+    if isinstance(body, list | tuple):
+        return all(type(entry) in _SCALARS for entry in body)
+    return type(body) in _SCALARS
+
+
+def _refuse_extension(code: int, data: bytes) -> object:
+    raise FrameError(f"msgpack extension type {code} ({len(data)} bytes) is not part of the protocol")
+
+
+def _unpack(data: bytes, max_bin_bytes: int) -> tuple[int, object, object]:
+    try:
+        message = msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            max_array_len=MAX_LIST_ENTRIES,
+            max_map_len=MAX_MAP_ENTRIES,
+            max_str_len=MAX_STR_BYTES,
+            max_bin_len=max_bin_bytes,
+            max_ext_len=0,
+            ext_hook=_refuse_extension,
+        )
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
+        raise FrameError(f"not a frame: {type(error).__name__}: {str(error)[:200]}") from error
+    if type(message) is not list or len(message) != 3:
+        raise FrameError("not a frame: a message must be a list of three")
+    kind = message[0]
+    if type(kind) is not int or not -MAX_KIND <= kind <= MAX_KIND:
+        raise FrameError("not a frame: its kind must be a small integer")
+    return kind, message[1], message[2]

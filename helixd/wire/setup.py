@@ -1,0 +1,88 @@
+"""What each side of a fresh link grants the other: windows and sizes, exchanged once before the first frame.
+
+Each side sends what it is prepared to receive; the other keeps to it, so two daemons with different options understand
+each other.
+"""
+
+import asyncio
+from dataclasses import dataclass
+
+from aiohttp import WSMsgType
+
+from helixd.errors import PeerLost
+from helixd.wire.errors import FrameError
+from helixd.wire.frames import decode_small, encode_small
+from helixd.wire.handshake import closed_error
+from helixd.wire.options import KIB, WireOptions
+from helixd.wire.sockets import WebSocket, write_now
+
+KIND_SETUP = -1
+_SETUP_BODY_BYTES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What one side may send: credit windows and the largest message of each sort, all in bytes."""
+
+    small_window_bytes: int
+    bulk_window_bytes: int
+    small_payload_bytes: int
+    chunk_bytes: int
+    max_body_bytes: int
+    max_frame_bytes: int
+
+    def encode(self) -> bytes:
+        """The setup message."""
+        body = [
+            self.small_window_bytes,
+            self.bulk_window_bytes,
+            self.small_payload_bytes,
+            self.chunk_bytes,
+            self.max_body_bytes,
+            self.max_frame_bytes,
+        ]
+        return encode_small(KIND_SETUP, body, None, _SETUP_BODY_BYTES)
+
+    @classmethod
+    def decode(cls, message: bytes) -> "Grant":
+        """Raises FrameError for anything but a setup message with usable numbers."""
+        kind, body, _ = decode_small(message, _SETUP_BODY_BYTES, 0)
+        if kind != KIND_SETUP or not isinstance(body, list) or len(body) < 6:
+            raise FrameError("the first message of a link must be its setup")
+        if any(type(value) is not int or not 0 < value < 2**48 for value in body[:6]):
+            raise FrameError("a setup message must hold positive sizes")
+        grant = cls(*body[:6])
+        if min(grant.small_window_bytes, grant.bulk_window_bytes) < 4 * KIB or grant.chunk_bytes < KIB:
+            raise FrameError("a setup message grants less than a frame needs")
+        return grant
+
+
+def own_grant(options: WireOptions) -> Grant:
+    """What we are prepared to receive."""
+    return Grant(
+        small_window_bytes=options.small_window_bytes,
+        bulk_window_bytes=options.bulk_window_bytes,
+        small_payload_bytes=options.small_payload_bytes,
+        chunk_bytes=options.chunk_bytes,
+        max_body_bytes=options.max_body_bytes,
+        max_frame_bytes=options.max_frame_bytes,
+    )
+
+
+def send_grant(control: WebSocket, options: WireOptions) -> None:
+    """Tell the peer what it may send. The dialer does so first, the listener when its own end of the link stands."""
+    write_now(control.send_bytes(own_grant(options).encode()))
+
+
+async def receive_grant(control: WebSocket, options: WireOptions, where: str) -> Grant:
+    """What the peer allows us to send, awaited for `auth_timeout_s`. Raises PeerLost or FrameError."""
+    try:
+        async with asyncio.timeout(options.auth_timeout_s):
+            message = await control.receive()
+    except TimeoutError as error:
+        raise PeerLost(where, f"sent no setup within {options.auth_timeout_s} s") from error
+    if message.type is WSMsgType.CLOSE:
+        raise closed_error(where, message.data or 0, message.extra or "")
+    if message.type is not WSMsgType.BINARY:
+        raise PeerLost(where, "closed the connection before the link stood")
+    return Grant.decode(message.data)

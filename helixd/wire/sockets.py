@@ -1,0 +1,70 @@
+"""What is done to a websocket besides reading and writing it: TCP options, writing without waiting, cutting it off."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Coroutine
+
+from aiohttp import ClientWebSocketResponse, web
+
+from helixd.wire.options import WireOptions
+
+WebSocket = web.WebSocketResponse | ClientWebSocketResponse
+
+_KEEPALIVE_IDLE_S = 5
+_KEEPALIVE_INTERVAL_S = 2
+_KEEPALIVE_PROBES = 3
+
+
+def tune_socket(sock: socket.socket | None, options: WireOptions, bulk: bool) -> None:
+    """Set keepalive, user timeout and the optional TCP settings; what this kernel does not know is left alone.
+
+    Raises OSError for a congestion control that the operator named and the kernel refuses.
+    """
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    wanted = {
+        "TCP_KEEPIDLE": _KEEPALIVE_IDLE_S,
+        "TCP_KEEPINTVL": _KEEPALIVE_INTERVAL_S,
+        "TCP_KEEPCNT": _KEEPALIVE_PROBES,
+        "TCP_USER_TIMEOUT": int(options.tcp_user_timeout_s * 1000),
+    }
+    if bulk and options.notsent_lowat_bytes is not None:
+        wanted["TCP_NOTSENT_LOWAT"] = options.notsent_lowat_bytes
+    for name, value in wanted.items():
+        number = getattr(socket, name, None)
+        if number is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, number, value)
+    if options.congestion_control is not None and hasattr(socket, "TCP_CONGESTION"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, options.congestion_control.encode())
+
+
+def write_now(sending: Coroutine[object, object, None]) -> None:
+    """Do the write of a `send_bytes` call and do not wait for the transport to drain.
+
+    aiohttp hands the whole message to the transport before it first waits, so one step of the coroutine writes it. For
+    the control socket only: credits bound what can pile up there, and nobody who waits can be cancelled half way (in
+    aiohttp 3.14 a cancelled drain leaves a cancelled future for the next sender to trip over).
+    """
+    try:
+        sending.send(None)
+    except StopIteration:
+        return
+    sending.close()
+
+
+def cut(ws: WebSocket) -> None:
+    """Shut the TCP connection down at once, whatever is buffered; works on any event loop's transport."""
+    sock = ws.get_extra_info("socket")
+    if sock is None or sock.fileno() < 0:
+        return
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(sock.fileno())) as duplicate:
+        duplicate.shutdown(socket.SHUT_RDWR)
+
+
+def remote_host(ws: WebSocket) -> str:
+    """The peer's address as this side sees it ("" when unknown)."""
+    peername = ws.get_extra_info("peername")
+    return str(peername[0]) if isinstance(peername, tuple) and peername else ""
