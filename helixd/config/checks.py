@@ -8,6 +8,8 @@ from helixd.config.kinds import DEMO_MODEL
 from helixd.config.schema import KeyPath
 from helixd.config.sections import Config, PinConfig
 
+MIN_SECRET_BYTES = 32
+
 Finding = tuple[tuple[KeyPath, ...], str]
 """The keys a problem rests on, the one to blame first, and what is wrong."""
 
@@ -16,8 +18,8 @@ def check(config: Config, env: Mapping[str, str]) -> Iterator[Finding]:
     """Every contradiction in a derived configuration."""
     yield from _role(config)
     yield from _exposure(config)
-    yield from _private_file(("cluster", "secret_file"), config.cluster.secret_file, env)
-    yield from _private_file(("api", "keys_file"), config.api.keys_file, env)
+    yield from _private_file(("cluster", "secret_file"), config.cluster.secret_file, MIN_SECRET_BYTES, env)
+    yield from _private_file(("api", "keys_file"), config.api.keys_file, 1, env)
     yield from _limits(config)
     for name, pin in config.planner.pins.items():
         yield from _pin(("planner", "pins", name), pin)
@@ -59,7 +61,7 @@ def _exposure(config: Config) -> Iterator[Finding]:
         )
 
 
-def _private_file(key: KeyPath, path: Path | None, env: Mapping[str, str]) -> Iterator[Finding]:
+def _private_file(key: KeyPath, path: Path | None, least_bytes: int, env: Mapping[str, str]) -> Iterator[Finding]:
     if path is None:
         return
     name = ".".join(key)
@@ -71,8 +73,8 @@ def _private_file(key: KeyPath, path: Path | None, env: Mapping[str, str]) -> It
     if not stat.S_ISREG(status.st_mode):
         yield (key,), f"{name}: {path} is not a file"
         return
-    if status.st_size == 0:
-        yield (key,), f"{name}: {path} is empty"
+    if status.st_size < least_bytes:
+        yield (key,), f"{name}: {path} holds {status.st_size} bytes; it takes at least {least_bytes}"
     # systemd guards its credentials by the directory; their own mode can show an access list as group rights.
     passed_in = env.get("CREDENTIALS_DIRECTORY") and path.is_relative_to(env["CREDENTIALS_DIRECTORY"])
     if status.st_mode & 0o077 and not passed_in:

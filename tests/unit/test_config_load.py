@@ -227,7 +227,7 @@ def test_secret_files_are_private(key: str, tmp_path: Path, env: dict[str, str])
     given = flag(key, str(secret))
     assert "No such file" in problems(DEMO, given, env=env)[0]
     secret.touch(0o600)
-    assert "is empty" in problems(DEMO, given, env=env)[0]
+    assert "holds 0 bytes" in problems(DEMO, given, env=env)[0]
     secret.write_text("s" * 40)
     for mode in (0o640, 0o604, 0o610):
         secret.chmod(mode)
@@ -235,6 +235,16 @@ def test_secret_files_are_private(key: str, tmp_path: Path, env: dict[str, str])
     secret.chmod(0o400)
     assert load_config([DEMO, given], env)
     assert "is not a file" in problems(DEMO, flag(key, str(tmp_path)), env=env)[0]
+
+
+def test_a_cluster_secret_is_long_enough(tmp_path: Path, env: dict[str, str]) -> None:
+    secret = tmp_path / "secret"
+    secret.touch(0o600)
+    given = flag("cluster.secret_file", str(secret))
+    secret.write_text("s" * 31)
+    assert "at least 32" in problems(DEMO, given, env=env)[0]
+    secret.write_text("s" * 32)
+    assert load_config([DEMO, given], env)
 
 
 def test_secrets_that_systemd_passes_in(tmp_path: Path, env: dict[str, str]) -> None:
