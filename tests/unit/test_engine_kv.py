@@ -1,0 +1,93 @@
+"""The KV pool: charged by layers used, pages free + used = total, a hard limit, nothing changed by a refusal."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helixd.engine.kv import KvPool, Page
+from helixd.layers import LayerRange
+
+
+def make_pool(pages: int = 48, slab_pages: int = 2) -> KvPool:
+    return KvPool(
+        pages=pages, slab_pages=slab_pages, page_tokens=4, kv_heads=1, head_dim=2, num_layers=6, dtype=torch.float32,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+
+
+def test_a_page_is_charged_once_for_each_layer_used() -> None:
+    pool = make_pool()
+    held = pool.allocate(LayerRange(0, 6), 1) + pool.allocate(LayerRange(4, 6), 3)
+    assert pool.pages_used == 6 + 3 * 2
+    pool.check_integrity(held)
+    pool.release(held)
+    assert pool.pages_used == 0
+    pool.check_integrity([])
+
+
+def test_room_freed_by_one_range_serves_another() -> None:
+    pool = make_pool(pages=24)
+    first = pool.allocate(LayerRange(0, 6), 4)
+    assert pool.allocatable(LayerRange(3, 6)) == 0
+    pool.release(first)
+    assert len(pool.allocate(LayerRange(3, 6), 8)) == 8
+    assert pool.allocatable(LayerRange(0, 6)) == 0
+
+
+def test_both_sides_of_the_limit() -> None:
+    pool = make_pool(pages=24)
+    pool.allocate(LayerRange(0, 6), 4)
+    with pytest.raises(MemoryError, match="0 free"):
+        pool.allocate(LayerRange(0, 6), 1)
+    assert pool.pages_used == 24
+
+
+def test_neighbouring_pages_are_preferred() -> None:
+    pool = make_pool(slab_pages=4)
+    one = pool.allocate(LayerRange(0, 2), 1)
+    pages = pool.allocate(LayerRange(0, 2), 2, after=one[-1])
+    assert [page.number for page in one + pages] == [0, 1, 2]
+    assert len({id(page.slab) for page in one + pages}) == 1
+
+
+def test_given_pages_are_zero_in_all_their_layers_even_after_nan() -> None:
+    pool = make_pool()
+    pool.k.fill_(float("nan"))
+    pool.v.fill_(float("nan"))
+    [page] = pool.allocate(LayerRange(1, 4), 1)
+    for layer in range(1, 4):
+        assert bool((pool.k[page.slab.base(layer) + page.number] == 0).all())
+        assert bool((pool.v[page.slab.base(layer) + page.number] == 0).all())
+
+
+def test_releasing_twice_and_lost_pages_are_found() -> None:
+    pool = make_pool()
+    held = pool.allocate(LayerRange(0, 6), 2)
+    with pytest.raises(RuntimeError, match="no sequence holds"):
+        pool.check_integrity(held[:1])
+    with pytest.raises(RuntimeError, match="held twice"):
+        pool.check_integrity([*held, held[0]])
+    pool.release(held[:1])
+    with pytest.raises(ValueError, match="already free"):
+        pool.release(held[:1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([(0, 6), (2, 6), (3, 6), (0, 3)]), st.integers(0, 5), st.booleans())))
+def test_books_hold_after_any_history(steps: list[tuple[tuple[int, int], int, bool]]) -> None:
+    pool = make_pool()
+    held: list[Page] = []
+    for pair, count, release in steps:
+        if release:
+            pool.release(held[:count])
+            del held[:count]
+        elif count <= pool.allocatable(LayerRange.of(pair)):
+            got = pool.allocate(LayerRange.of(pair), count)
+            assert len({(id(page.slab), page.number) for page in held + got}) == len(held) + count
+            held += got
+        pool.check_integrity(held)
+        assert pool.pages_used == sum(len(page.slab.layers) for page in held) <= pool.pages_total
+    pool.release(held)
+    assert pool.pages_used == 0
+    assert pool.allocatable(LayerRange(0, 6)) == pool.pages_total // 6
