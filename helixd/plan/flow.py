@@ -13,12 +13,10 @@ from helixd.ids import NodeId
 from helixd.layers import LayerRange
 from helixd.plan.network import Network
 from helixd.plan.spec import COORDINATOR, ClusterSpec, NodeSpec
+from helixd.plan.spread import shared_paths
 
 Placement = Mapping[NodeId, LayerRange]
 Edge = tuple[NodeId, NodeId]
-
-# Steps in which capacities are released when a flow shall be spread over equal alternatives.
-_SPREAD_STEPS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,7 @@ class FlowModel:
 
     def value(self, placement: Placement) -> float:
         """The max flow in tokens/s."""
-        return self._run(placement, spread=False)[0]
+        return self._run(placement)[0]
 
     def solve(self, placement: Placement, *, spread: bool = True) -> Flow:
         """A max flow with its edges and a minimum cut.
@@ -107,7 +105,9 @@ class FlowModel:
         `spread`: of the many max flows take one that shares the load over equal alternatives (nodes and links), which
         leaves other hops to go to when a node is lost. Raises KeyError for an unknown node.
         """
-        value, network, node_arcs, edge_arcs = self._run(placement, spread=spread)
+        value, network, node_arcs, edge_arcs = self._run(placement)
+        if spread and value > 0:
+            value, network, node_arcs, edge_arcs = self._run(placement, share=value)
         floor = network.eps * 10
         near = network.reachable(0)
         inside = {node: 2 + 2 * i for i, node in enumerate(placement)}
@@ -122,7 +122,9 @@ class FlowModel:
         )
         return Flow(value, edges, through, tight_nodes, tight_edges)
 
-    def _run(self, placement: Placement, *, spread: bool) -> tuple[float, Network, dict[NodeId, int], dict[Edge, int]]:
+    def _run(
+        self, placement: Placement, *, share: float | None = None
+    ) -> tuple[float, Network, dict[NodeId, int], dict[Edge, int]]:
         """Vertices: 0 source, 1 sink, 2+2i and 3+2i in and out of node i, then the coordinator's NIC ends."""
         edges = self.edges(placement)
         capacity = {node: node_capacity(self.spec, self._nodes[node], len(held)) for node, held in placement.items()}
@@ -130,50 +132,36 @@ class FlowModel:
         inside = {node: 2 + 2 * i for i, node in enumerate(placement)}
         last = 2 + 2 * len(placement)
         network = Network(last + 2, eps=1e-12 * max(total, 1e-9))
-        network.add_arc(0, last, min(self._source_room, total))
-        network.add_arc(last + 1, 1, min(self._sink_room, total))
-        # Clipped to what its ends can carry: a fat link must not swell the tolerance or the numbers.
+        coordinator_out = network.add_arc(0, last, min(self._source_room, 2 * total))
+        coordinator_in = network.add_arc(last + 1, 1, min(self._sink_room, 2 * total))
+        # Clipped to twice what its ends carry: a fat link must not swell the numbers, nor pass for part of a cut.
         bounds = {
-            (src, dst): min(room, capacity.get(src, total), capacity.get(dst, total))
+            (src, dst): min(room, 2 * capacity.get(src, total), 2 * capacity.get(dst, total))
             for (src, dst), room in edges.items()
         }
-        first = _spread_shares(bounds, capacity) if spread else bounds
-        scale = 1 / _SPREAD_STEPS if spread else 1.0
-        node_arcs = {node: network.add_arc(at, at + 1, capacity[node] * scale) for node, at in inside.items()}
+        node_arcs = {node: network.add_arc(at, at + 1, capacity[node]) for node, at in inside.items()}
         edge_arcs = {
             (src, dst): network.add_arc(
                 inside[src] + 1 if src != COORDINATOR else last,
                 inside[dst] if dst != COORDINATOR else last + 1,
-                room * scale,
+                room,
             )
-            for (src, dst), room in first.items()
+            for (src, dst), room in bounds.items()
         }
-        value = network.augment(0, 1)
-        if spread:
-            for _ in range(_SPREAD_STEPS - 1):
-                for node, arc in node_arcs.items():
-                    network.raise_capacity(arc, capacity[node] * scale)
-                for edge, arc in edge_arcs.items():
-                    network.raise_capacity(arc, first[edge] * scale)
-                value += network.augment(0, 1)
-            for edge, arc in edge_arcs.items():
-                network.raise_capacity(arc, bounds[edge] - first[edge])
-            value += network.augment(0, 1)
+        laid = 0.0
+        if share is not None:
+            order = sorted(placement, key=lambda node: (placement[node].end, node))
+            for edge, flow in shared_paths(share, order, capacity, bounds).items():
+                network.preload(edge_arcs[edge], flow)
+                if edge[0] == COORDINATOR:
+                    network.preload(coordinator_out, flow)
+                    laid += flow
+                else:
+                    network.preload(node_arcs[edge[0]], flow)
+                if edge[1] == COORDINATOR:
+                    network.preload(coordinator_in, flow)
+        value = laid + network.augment(0, 1)
         return value, network, node_arcs, edge_arcs
-
-
-def _spread_shares(bounds: Mapping[Edge, float], capacity: Mapping[NodeId, float]) -> dict[Edge, float]:
-    """Each edge's fair part of its sender's capacity: in proportion to what the receivers can carry."""
-    receivers: dict[NodeId, float] = {}
-    for src, dst in bounds:
-        receivers[src] = receivers.get(src, 0.0) + capacity.get(dst, 0.0)
-    shares: dict[Edge, float] = {}
-    for (src, dst), room in bounds.items():
-        if src == COORDINATOR or dst == COORDINATOR or receivers[src] <= 0:
-            shares[src, dst] = room
-        else:
-            shares[src, dst] = min(room, capacity[src] * capacity[dst] / receivers[src])
-    return shares
 
 
 def _room(nic_bytes_per_s: float | None, token_bytes: float) -> float:

@@ -10,7 +10,7 @@ from collections import deque
 class Network:
     """A flow network with residual arcs. Arc `a` and its reverse are `a` and `a ^ 1`.
 
-    Capacities may be raised between calls of `augment`; the flow found so far is kept and rerouted as needed.
+    A flow may be laid before `augment`, which then keeps it and reroutes it only as needed.
     """
 
     __slots__ = ("_adj", "_cap", "_head", "eps")
@@ -30,9 +30,10 @@ class Network:
         self._adj[head].append(arc + 1)
         return arc
 
-    def raise_capacity(self, arc: int, by: float) -> None:
-        """Give `arc` more room."""
-        self._cap[arc] += by
+    def preload(self, arc: int, flow: float) -> None:
+        """Put flow on `arc` before augmenting; the caller keeps it conserved and within the capacity."""
+        self._cap[arc] -= flow
+        self._cap[arc ^ 1] += flow
 
     def flow(self, arc: int) -> float:
         """What runs through `arc` now."""
