@@ -14,7 +14,7 @@ from helixd.plan import milp
 from helixd.plan.flow import node_capacity
 from helixd.plan.holding import Holding
 
-_MAX_PATTERNS = 4000
+_MAX_PATTERNS = 6000
 _PROBES = 14
 
 
@@ -68,7 +68,7 @@ def kinds_of(holding: Holding) -> tuple[Kind, ...]:
     )
 
 
-def few_kinds(kinds: Sequence[Kind], limit: int = 6) -> tuple[Kind, ...]:
+def few_kinds(kinds: Sequence[Kind], limit: int = 8) -> tuple[Kind, ...]:
     """The kinds, the most alike ones taken together until there are at most `limit`.
 
     A merged kind promises what its weakest member can do, so plans stay valid; machines measured one by one are all

@@ -27,18 +27,27 @@ class WeightedRoundRobin:
         self._credit = dict.fromkeys(weights, 0.0)
         self._largest_cost = 0.0
 
-    def choose(self, allowed: Collection[NodeId], cost: float = 1.0) -> NodeId:
-        """Who of `allowed` is next for work of that cost; changes nothing. Raises ValueError if nobody is allowed."""
+    def choose(
+        self, allowed: Collection[NodeId], cost: float = 1.0, load: Mapping[NodeId, float] | None = None
+    ) -> NodeId:
+        """Who of `allowed` is next for work of that cost; changes nothing. Raises ValueError if nobody is allowed.
+
+        Between candidates of equal credit the one of least `load` is taken: what comes to it from other vertices.
+        """
         total = sum(self._weights[node] for node in allowed)
         if total <= 0:
             raise ValueError("nobody may be drawn")
-        # Ties go to the heavier, then to the smaller id, so that draws are the same everywhere.
+        elsewhere = load or {}
+        # Rounded, so that equal credits are equal; then heavier first and by id, so that draws are the same everywhere.
         return min(
             allowed,
             key=lambda node: (
-                -(self._credit[node] + cost * self._weights[node] / total), -self._weights[node], node
+                -round(self._credit[node] / cost + self._weights[node] / total, 6),
+                elsewhere.get(node, 0.0),
+                -self._weights[node],
+                node,
             ),
-        )  # fmt: skip
+        )
 
     def charge(self, node: NodeId, allowed: Collection[NodeId], cost: float = 1.0) -> None:
         """Account work of that cost to `node`: drawn among `allowed`, or following an earlier draw (decode steps)."""

@@ -76,6 +76,8 @@ class Router:
             for vertex, hops in plan.schedule.items()
             if hops
         }
+        self._through = _through(plan)
+        self._load = dict.fromkeys(self._through, 0.0)
 
     def draw(
         self,
@@ -102,7 +104,7 @@ class Router:
         vertex, entry = COORDINATOR, 0
         while True:
             allowed = walk.ways(vertex)
-            chosen = self._turns[vertex].choose(allowed, prompt_tokens)
+            chosen = self._turns[vertex].choose(allowed, max(1, prompt_tokens), self._load)
             charged.append((vertex, chosen, allowed))
             if chosen == COORDINATOR:
                 break
@@ -114,7 +116,7 @@ class Router:
                 sequence, hop.node, len(hop.layers), walk.tokens_at(hop.node, len(hop.layers)), attempt=attempt
             )
         for vertex, chosen, allowed in charged:
-            self._turns[vertex].charge(chosen, allowed, prompt_tokens)
+            self._charge(vertex, chosen, allowed, max(1, prompt_tokens))
         return Route(tuple(hops))
 
     def count_decode(self, route: Route, tokens: int = 1) -> None:
@@ -123,7 +125,7 @@ class Router:
             turns = self._turns.get(src)
             # A route of an earlier plan may use hops that this one does not have.
             if turns is not None and dst in self._next[src]:
-                turns.charge(dst, self._next[src], tokens)
+                self._charge(src, dst, self._next[src], tokens)
 
     def release(self, sequence: SequenceId, node: NodeId | None = None, *, attempt: Attempt | None = None) -> int:
         """Give back the KV of a sequence on `node`, or everywhere; how many tokens x layers. Safe to repeat."""
@@ -147,6 +149,11 @@ class Router:
         """Where the schedule lets a sequence go from `vertex`; `COORDINATOR` is the sink."""
         return self._next.get(vertex, ())
 
+    def _charge(self, vertex: NodeId, chosen: NodeId, allowed: Collection[NodeId], tokens: int) -> None:
+        self._turns[vertex].charge(chosen, allowed, tokens)
+        if chosen != COORDINATOR:
+            self._load[chosen] += tokens / self._through[chosen]
+
     def _no_route(self, walk: "_Walk", prompt_tokens: int) -> NoRoute:
         if not walk.with_kv("ignored").open_from(COORDINATOR):
             return NoRoute("no complete pipeline: nodes or links it needs are down or draining", cause="topology")
@@ -156,6 +163,16 @@ class Router:
                 cause="topology",
             )
         return NoRoute("every pipeline's KV cache is full", cause="kv")
+
+
+def _through(plan: Plan) -> dict[NodeId, float]:
+    """Flow into every node that the schedules lead to."""
+    through: dict[NodeId, float] = {}
+    for hops in plan.schedule.values():
+        for hop in hops:
+            if hop.node != COORDINATOR:
+                through[hop.node] = through.get(hop.node, 0.0) + hop.flow_tokens_per_s
+    return through
 
 
 class _Walk:
