@@ -11,7 +11,7 @@ from helixd.api.messages import Message, read_messages
 from helixd.api.options import ApiOptions, Limits
 from helixd.api.sampling_fields import MAX_TOKENS_BOUND, CommonFields, Target, read_common
 
-Scalar = str | int | float | bool | None
+Scalar = str | float | bool | None
 
 
 @dataclass(frozen=True, slots=True)

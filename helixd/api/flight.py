@@ -25,6 +25,7 @@ from helixd.coordinator.generation import (
     Refused,
     Service,
 )
+from helixd.logs import event
 
 log = logging.getLogger("helixd.api")
 
@@ -76,7 +77,7 @@ class Flight:
         self._report()
 
     def start(self, group: asyncio.TaskGroup, sink: Sink, on_end: Callable[[], None] = lambda: None) -> None:
-        """Submit every prompt's generation and feed its events to `sink`; `on_end` is called as each one ends."""
+        """Submit every prompt's generation and feed its events to `sink`; `on_end` is called as each one ends well."""
         for prompt, request in enumerate(self.prepared.requests):
             group.create_task(self._follow(prompt, request, sink, on_end), name=f"generation {request.request_id}")
 
@@ -92,26 +93,25 @@ class Flight:
         return sum(generation.retries for generation in self._generations.values())
 
     async def _follow(self, prompt: int, request: GenerationRequest, sink: Sink, on_end: Callable[[], None]) -> None:
-        try:
-            with self._metrics.waiting.track():
-                generation = await self._service.submit(request)
-            self._generations[prompt] = generation
-            if len(self._generations) == len(self.prepared.requests):
-                self.admitted.set()
-            with self._metrics.running.track():
-                await self._feed(prompt, request, generation, sink)
-        finally:
-            on_end()
+        with self._metrics.waiting.track():
+            generation = await self._service.submit(request)
+        self._generations[prompt] = generation
+        if len(self._generations) == len(self.prepared.requests):
+            self.admitted.set()
+        with self._metrics.running.track():
+            await self._feed(prompt, request, generation, sink)
+        # Not after an error: the task group says that one, and an end must not be taken for success meanwhile.
+        on_end()
 
     async def _feed(self, prompt: int, request: GenerationRequest, generation: Generation, sink: Sink) -> None:
         open_choices = request.n
         failed = False
         try:
-            async for event in generation.events():
-                open_choices -= isinstance(event, Finished)
-                failed = failed or isinstance(event, Failed)
-                self._observe(prompt, event)
-                sink(prompt, event)
+            async for item in generation.events():
+                open_choices -= isinstance(item, Finished)
+                failed = failed or isinstance(item, Failed)
+                self._observe(prompt, item)
+                sink(prompt, item)
             if open_choices > 0 and not failed:
                 raise RuntimeError(f"generation {request.request_id} ended with {open_choices} choices open")
         finally:
@@ -119,19 +119,19 @@ class Flight:
                 # The task group waits for this even when the request is cancelled a second time.
                 await generation.cancel()
 
-    def _observe(self, prompt: int, event: Event) -> None:
+    def _observe(self, prompt: int, item: Event) -> None:
         now = time.monotonic()
-        if isinstance(event, Delta) and event.tokens:
+        if isinstance(item, Delta) and item.tokens:
             if self._first_token_s is None:
                 self._first_token_s = now - self._started_at
                 self._metrics.first_token_s.observe(self._first_token_s)
-            previous = self._last_token_at.get((prompt, event.choice))
+            previous = self._last_token_at.get((prompt, item.choice))
             if previous is not None:
-                self._metrics.inter_token_s.observe((now - previous) / len(event.tokens))
-            self._last_token_at[prompt, event.choice] = now
-            self._completion_tokens += len(event.tokens)
-        elif isinstance(event, Finished):
-            self._reasons.append(event.reason)
+                self._metrics.inter_token_s.observe((now - previous) / len(item.tokens))
+            self._last_token_at[prompt, item.choice] = now
+            self._completion_tokens += len(item.tokens)
+        elif isinstance(item, Finished):
+            self._reasons.append(item.reason)
 
     def _report(self) -> None:
         elapsed_s = time.monotonic() - self._started_at
@@ -141,18 +141,20 @@ class Flight:
             self._metrics.finished(
                 self.prepared.prompt_tokens, self._completion_tokens, [*self._reasons, *aborted], elapsed_s
             )
-        log.info(
-            "request id=%s path=%s outcome=%s prompt_tokens=%d completion_tokens=%d choices=%d finish=%s "
-            "ttft_s=%s total_s=%.3f retries=%d route=%s",
-            self._request_id,
-            self._path,
-            self.outcome,
-            self.prepared.prompt_tokens,
-            self._completion_tokens,
-            choices,
-            ",".join(sorted(set(self._reasons))) or "-",
-            "-" if self._first_token_s is None else f"{self._first_token_s:.3f}",
-            elapsed_s,
-            self.retries,
-            "|".join(self._generations[0].route) if 0 in self._generations else "-",
+        event(
+            log,
+            logging.INFO,
+            "request",
+            request=self._request_id,
+            id=self.prepared.response_id,
+            path=self._path,
+            outcome=self.outcome,
+            prompt_tokens=self.prepared.prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            choices=choices,
+            finish=sorted(set(self._reasons)),
+            ttft_s=None if self._first_token_s is None else round(self._first_token_s, 4),
+            total_s=round(elapsed_s, 4),
+            retries=self.retries,
+            route=list(self._generations[0].route) if 0 in self._generations else [],
         )

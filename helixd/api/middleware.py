@@ -35,7 +35,7 @@ def request_id_of(request: web.BaseRequest) -> str:
     if REQUEST_ID not in request:
         given = request.headers.get(REQUEST_ID_HEADER, "")
         request[REQUEST_ID] = given if _REQUEST_ID.fullmatch(given) else new_request_id()
-    return str(request[REQUEST_ID])
+    return request[REQUEST_ID]
 
 
 @web.middleware

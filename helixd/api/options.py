@@ -7,6 +7,7 @@ configuration decides the values; nothing in this room reads files or the enviro
 from dataclasses import dataclass, field
 
 from helixd import __version__
+from helixd.model.chat import TEMPLATE_ARGUMENTS
 
 MIB = 1024 * 1024
 
@@ -61,6 +62,6 @@ class ApiOptions:
     keep_alive_s: float = 10.0
     write_stall_s: float = 30.0
     output_chunks: int = 256
-    template_scalars: frozenset[str] = frozenset({"enable_thinking"})
+    template_scalars: frozenset[str] = TEMPLATE_ARGUMENTS
     vllm_metric_names: bool = True
     system_fingerprint: str = f"helixd-{__version__}"

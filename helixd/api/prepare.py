@@ -16,6 +16,7 @@ from helixd.ids import RequestId
 class Prepared:
     """What goes to the coordinator for one HTTP request, one entry per prompt. `echoes`: each prompt's own text."""
 
+    response_id: str
     requests: tuple[GenerationRequest, ...]
     echoes: tuple[str, ...] = ()
 
@@ -29,14 +30,12 @@ def prepare_chat(
     call: ChatCall, text: TextTools, options: ApiOptions, target: Target, response_id: str, client: str
 ) -> Prepared:
     """The one generation of a chat call. Raises a 400 for messages that do not fit template or context."""
-    rendered = text.render_chat(
-        call.messages, call.add_generation_prompt, dict(call.scalars), options.limits.template_bytes
-    )
+    rendered = text.render_chat(call.messages, call.add_generation_prompt, call.scalars, options.limits.template_bytes)
     # The template writes the special tokens itself.
     prompt = tuple(text.tokenizer.encode(rendered, add_special_tokens=False))
     _check_length("messages", prompt, call.max_tokens, target)
     request = _request(response_id, prompt, call.max_tokens, call.common, options, client)
-    return Prepared((request,))
+    return Prepared(response_id, (request,))
 
 
 def prepare_completion(
@@ -61,7 +60,7 @@ def prepare_completion(
         request_id = response_id if len(call.prompts) == 1 else f"{response_id}-{index}"
         request = _request(request_id, prompt, max_tokens, common, options, client)
         requests.append(replace(request, prompt_logprobs=call.echo and common.sampling.logprobs is not None))
-    return Prepared(tuple(requests), tuple(echoes))
+    return Prepared(response_id, tuple(requests), tuple(echoes))
 
 
 def _check_length(param: str, prompt: tuple[int, ...], max_tokens: int | None, target: Target) -> None:

@@ -8,10 +8,11 @@ from helixd.api.errors import JSON_TYPE, ApiError
 from helixd.api.options import ApiOptions
 
 
-async def continue_later(request: web.Request) -> None:
+async def continue_later(request: web.Request) -> web.Response | None:
     """aiohttp's hook for `Expect`: say nothing yet, so that a refusal comes before the body is sent."""
-    if request.headers.get(hdrs.EXPECT, "").lower() != "100-continue":
-        raise web.HTTPExpectationFailed
+    if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
+        return None
+    return ApiError(417, "Expect: 100-continue is the only expectation this server knows.").response()
 
 
 async def read_body(request: web.Request, options: ApiOptions) -> bytes:

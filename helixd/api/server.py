@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from helixd.api.request_body import continue_later
 from helixd.api.state import STATE, ApiState, InFlight
 from helixd.api.text import TextThreads, TextTools
 from helixd.coordinator.generation import Service
+
+log = logging.getLogger("helixd.api")
 
 PUBLIC_PATHS = ("/healthz", "/readyz", "/health")
 
@@ -113,3 +116,15 @@ async def serve(
             listener.close()
     finally:
         await runner.cleanup()
+        await _cancelled(app[STATE])
+
+
+async def _cancelled(state: ApiState) -> None:
+    # aiohttp cancels the handlers it gives up on, but does not wait for what their cancelling has to do.
+    try:
+        async with asyncio.timeout(state.options.shutdown_timeout_s):
+            await state.in_flight.empty()
+    except TimeoutError:
+        log.warning(
+            "requests still in flight after %g s are left to end by themselves", state.options.shutdown_timeout_s
+        )

@@ -1,5 +1,6 @@
 """What the handlers of one API share, and the count of generations each key has in flight."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,24 +16,23 @@ from helixd.api.sampling_fields import Target
 from helixd.api.text import TextThreads, TextTools
 from helixd.coordinator.generation import Service
 
-REQUEST_ID = "helixd.request_id"
-CLIENT = "helixd.client"
+REQUEST_ID = web.RequestKey("helixd.request_id", str)
+CLIENT = web.RequestKey("helixd.client", str)
 
 
 class InFlight:
-    """How many generation requests each key has in flight; open APIs are not counted."""
+    """How many generation requests are in flight, of each key and in all; the open API's have no limit here."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._counts: Counter[str] = Counter()
+        self._none_left = asyncio.Event()
+        self._none_left.set()
 
     @contextmanager
     def slot(self, client: str) -> Iterator[None]:
         """One request's place. Raises a 429 when the key has no place left."""
-        if not client:
-            yield
-            return
-        if self._counts[client] >= self._limit:
+        if client and self._counts[client] >= self._limit:
             raise ApiError(
                 429,
                 f"This key has {self._limit} requests in flight, which is the limit; wait for one to end.",
@@ -40,12 +40,19 @@ class InFlight:
                 headers={"Retry-After": "1"},
             )
         self._counts[client] += 1
+        self._none_left.clear()
         try:
             yield
         finally:
             self._counts[client] -= 1
             if not self._counts[client]:
                 del self._counts[client]
+            if not self._counts:
+                self._none_left.set()
+
+    async def empty(self) -> None:
+        """Wait until no request is in flight."""
+        await self._none_left.wait()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,7 @@ class ApiState:
 
     def target(self) -> Target:
         """What requests are checked against now."""
-        return Target(self.service.model_name, self.text.tokenizer.vocab_size, self.service.max_context_tokens)
+        return Target(self.service.model_name, self.text.ids, self.service.max_context_tokens)
 
     def envelope(self, response_id: str, created: int) -> Envelope:
         """The shared part of one request's answers."""

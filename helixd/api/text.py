@@ -5,14 +5,14 @@ stopped, so the threads are few and a request that finds them all busy for too l
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from helixd.api.chat_request import Scalar
 from helixd.api.errors import ApiError, bad_field
 from helixd.api.messages import Message
-from helixd.errors import HelixError
 
 T = TypeVar("T")
 
@@ -41,20 +41,29 @@ class Tokenizer(Protocol):
 class ChatTemplate(Protocol):
     """`helixd.model.chat.ChatTemplate`, as far as it is used here. Thread-safe."""
 
-    def render(self, messages: list[Message], add_generation_prompt: bool = True, **scalars: object) -> str:
-        """The prompt's text, special tokens included. Raises HelixError for messages the template does not take."""
+    def render(self, messages: list[Message], add_generation_prompt: bool = True, **scalars: Scalar) -> str:
+        """The prompt's text, special tokens included. Raises ValueError for messages the template does not take."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class TextTools:
-    """The served model's tokenizer, and its chat template if it has one."""
+    """The served model's tokenizer, its chat template if it has one, and its vocabulary's size.
+
+    `vocab_size`: 0 for the tokenizer's own; else the token ids that clients may name are below both.
+    """
 
     tokenizer: Tokenizer
     chat: ChatTemplate | None
+    vocab_size: int = 0
+
+    @property
+    def ids(self) -> int:
+        """Token ids are `0 <= id < ids`."""
+        return min(self.vocab_size or self.tokenizer.vocab_size, self.tokenizer.vocab_size)
 
     def render_chat(
-        self, messages: list[Message], add_generation_prompt: bool, scalars: dict[str, object], max_bytes: int
+        self, messages: list[Message], add_generation_prompt: bool, scalars: Mapping[str, Scalar], max_bytes: int
     ) -> str:
         """The prompt's text. Raises a 400 where the model's template does not take the messages."""
         if self.chat is None:
@@ -63,7 +72,7 @@ class TextTools:
             )
         try:
             text = self.chat.render(messages, add_generation_prompt=add_generation_prompt, **scalars)
-        except HelixError as error:
+        except ValueError as error:
             raise bad_field("messages", f"do not fit the model's chat template: {error}") from error
         if len(text) > max_bytes:
             raise bad_field("messages", f"render to more than {max_bytes} characters")

@@ -63,5 +63,5 @@ def _detokenize(fields: Fields, state: ApiState) -> Json:
     tokens = fields.array("tokens")
     if tokens is None:
         raise bad_field("tokens", "is required")
-    ids = check_token_ids("tokens", tokens, state.text.tokenizer.vocab_size)
+    ids = check_token_ids("tokens", tokens, state.text.ids)
     return {"prompt": state.text.tokenizer.decode(ids, skip_special_tokens=False)}

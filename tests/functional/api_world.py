@@ -20,7 +20,6 @@ from helixd.coordinator.generation import (
     Refused,
     TokenText,
 )
-from helixd.errors import HelixError
 from helixd.sampling import TokenLogprobs
 
 MODEL = "org/tiny-model"
@@ -51,7 +50,7 @@ class LineTemplate:
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **scalars: Any) -> str:
         self.seen.append((messages, scalars))
         if any(message.get("name") == "nobody" for message in messages):
-            raise HelixError("speakers named nobody are not known")
+            raise ValueError("speakers named nobody are not known")
         lines = [f"{message['role']}: {message['content']}\n" for message in messages]
         return "".join(lines) + ("assistant:" if add_generation_prompt else "")
 
@@ -153,6 +152,13 @@ class World:
     @property
     def url(self) -> str:
         return self.bound.url
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what another task does; fails after a while."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - any condition will do
+            await asyncio.sleep(0.002)
 
 
 @asynccontextmanager
