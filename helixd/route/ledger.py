@@ -33,6 +33,8 @@ class KvLedger:
         self._capacity = dict(capacity_token_layers)
         self._high_water = high_water
         self._held: dict[NodeId, dict[_Key, _Held]] = {}
+        self._attempts: dict[SequenceId, set[Attempt]] = {}
+        self._where: dict[_Key, dict[NodeId, _Held]] = {}
         self._used: dict[NodeId, int] = {}
 
     def capacity(self, node: NodeId) -> int:
@@ -53,11 +55,8 @@ class KvLedger:
 
     def nodes_of(self, sequence: SequenceId, attempt: Attempt | None = None) -> tuple[NodeId, ...]:
         """Where a sequence holds something (in any attempt, or in one)."""
-        return tuple(
-            node
-            for node, held in self._held.items()
-            if any(key[0] == sequence and attempt in (None, key[1]) for key in held)
-        )
+        found = {node: None for key in self._keys(sequence, attempt) for node in self._where[key]}
+        return tuple(found)
 
     def set_capacity(self, node: NodeId, token_layers: int) -> None:
         """The node's room changed (a new plan). What is held stays held; `over` tells if it is too much now."""
@@ -84,7 +83,9 @@ class KvLedger:
         held = self._held.setdefault(node, {})
         if (sequence, attempt) in held:
             raise ValueError(f"sequence {sequence} attempt {attempt} already holds KV on {node}")
-        held[sequence, attempt] = _Held(layers, tokens)
+        key = (sequence, attempt)
+        held[key] = self._where.setdefault(key, {})[node] = _Held(layers, tokens)
+        self._attempts.setdefault(sequence, set()).add(attempt)
         self._used[node] = self.used(node) + layers * tokens
 
     def grow(self, sequence: SequenceId, tokens: int, *, attempt: Attempt = _FIRST) -> tuple[NodeId, ...]:
@@ -93,10 +94,7 @@ class KvLedger:
         Returns the nodes of the sequence that are over their capacity now; somebody there has to give way.
         """
         over: list[NodeId] = []
-        for node, holders in self._held.items():
-            held = holders.get((sequence, attempt))
-            if held is None:
-                continue
+        for node, held in self._where.get((sequence, attempt), {}).items():
             if tokens > held.tokens:
                 self._used[node] += held.layers * (tokens - held.tokens)
                 held.tokens = tokens
@@ -106,25 +104,37 @@ class KvLedger:
 
     def release(self, sequence: SequenceId, node: NodeId, *, attempt: Attempt | None = None) -> int:
         """Give back what a sequence (one attempt of it, or all) holds on `node`; how much it was. Safe to repeat."""
-        holders = self._held.get(node, {})
-        keys = [key for key in holders if key[0] == sequence and attempt in (None, key[1])]
         freed = 0
-        for key in keys:
-            held = holders.pop(key)
-            freed += held.layers * held.tokens
+        for key in self._keys(sequence, attempt):
+            held = self._held.get(node, {}).pop(key, None)
+            if held is not None:
+                freed += held.layers * held.tokens
+                self._unlink(key, node)
         if freed:
             self._used[node] -= freed
         return freed
 
     def release_everywhere(self, sequence: SequenceId, *, attempt: Attempt | None = None) -> int:
         """Give back what a sequence holds on all nodes; how much it was."""
-        return sum(self.release(sequence, node, attempt=attempt) for node in tuple(self._held))
+        return sum(self.release(sequence, node, attempt=attempt) for node in self.nodes_of(sequence, attempt))
 
     def forget_node(self, node: NodeId) -> int:
         """The node lost all its KV (a new life, or gone): nothing is held there any more; how much it was."""
-        self._held.pop(node, None)
+        for key in self._held.pop(node, {}):
+            self._unlink(key, node)
         return self._used.pop(node, 0)
 
     def over(self) -> tuple[NodeId, ...]:
         """Nodes that hold more than their capacity."""
         return tuple(node for node, used in self._used.items() if used > self.capacity(node))
+
+    def _keys(self, sequence: SequenceId, attempt: Attempt | None) -> list[_Key]:
+        return [(sequence, known) for known in sorted(self._attempts.get(sequence, ())) if attempt in (None, known)]
+
+    def _unlink(self, key: _Key, node: NodeId) -> None:
+        del self._where[key][node]
+        if not self._where[key]:
+            del self._where[key]
+            self._attempts[key[0]].discard(key[1])
+            if not self._attempts[key[0]]:
+                del self._attempts[key[0]]

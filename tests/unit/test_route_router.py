@@ -112,6 +112,8 @@ def test_reasons_tell_waiting_from_hopeless() -> None:
     with pytest.raises(NoRoute) as masked:
         router.draw(SequenceId(1), 10, 10, masked_nodes=nodes("b0", "b1"))
     assert masked.value.cause == "topology"
+    assert router.fits_when_empty(99)
+    assert not router.fits_when_empty(100)
     with pytest.raises(NoRoute) as large:
         router.draw(SequenceId(1), 100, 10)
     assert large.value.cause == "topology"
