@@ -143,7 +143,7 @@ def test_attempts_hold_their_kv_apart() -> None:
     assert new.nodes == ("a0", "b1", "c0")
     assert router.ledger.used(NodeId("a0")) == 80
     assert router.release(SequenceId(1), attempt=Attempt(0)) == 120
-    assert router.ledger.nodes_of(SequenceId(1)) == ("a0", "c0", "b1")
+    assert router.ledger.nodes_of(SequenceId(1)) == ("a0", "b1", "c0")
     assert router.release(SequenceId(1), attempt=Attempt(1)) == 120
 
 
