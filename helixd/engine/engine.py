@@ -57,13 +57,20 @@ class Engine:
         self._sequences: dict[SequenceId, OpenSequence] = {}
         self._ropes = [Rope(spec, self._device, self._dtype) for spec in config.ropes]
         self._embedding_scale = torch.tensor(config.embedding_scale).to(self._dtype).item()
-        pages = options.kv_token_layers // page_tokens
+        self._page_tokens = page_tokens
+        self._slab_pages = slab_pages
+        self._pool = self._new_pool(options.kv_token_layers)
+
+    def _new_pool(self, token_layers: int) -> KvPool:
+        config = self.config
+        pages = token_layers // self._page_tokens
+        slab_pages = self._slab_pages
         if slab_pages is None:
             slab_pages = max(1, min(_MAX_SLAB_PAGES, pages // (_MIN_SLABS * config.num_layers)))
-        self._pool = KvPool(
+        return KvPool(
             pages=pages,
             slab_pages=slab_pages,
-            page_tokens=page_tokens,
+            page_tokens=self._page_tokens,
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             num_layers=config.num_layers,
@@ -132,6 +139,13 @@ class Engine:
     def kv_capacity_token_layers(self) -> int:
         """The hard limit, in whole pages."""
         return self._pool.pages_total * self._pool.page_tokens
+
+    def set_kv_capacity(self, token_layers: int) -> None:
+        """Change the hard limit. What sequences hold stays; a smaller limit takes hold as they give it back."""
+        if self._pool.pages_used == 0:
+            self._pool = self._new_pool(token_layers)
+        else:
+            self._pool.resize(token_layers // self._page_tokens)
 
     @property
     def kv_used_token_layers(self) -> int:

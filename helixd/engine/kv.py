@@ -76,6 +76,22 @@ class KvPool:
         """Pages held by sequences, counted in every layer."""
         return self._pages_used
 
+    def resize(self, pages: int) -> None:
+        """Have `pages` pages from now on. Pages in use stay where they are: of a smaller pool, those beyond its end
+        are not given out again, and their memory goes with the next resize.
+        """
+        units = pages // self.slab_pages
+        in_use = max(
+            (base // self.slab_pages + 1 for slabs in self._slabs.values() for slab in slabs for base in slab.bases),
+            default=0,
+        )
+        keep, count = self.k.shape[0], max(units, in_use) * self.slab_pages
+        if count != keep:
+            self.k, self.v = (_resized(tensor, count) for tensor in (self.k, self.v))
+        taken = {base // self.slab_pages for slabs in self._slabs.values() for slab in slabs for base in slab.bases}
+        self.units = units
+        self._free_units = [unit for unit in range(units - 1, -1, -1) if unit not in taken]
+
     def allocatable(self, layers: LayerRange) -> int:
         """How many more pages `allocate` could give to `layers` now (each in all of these layers)."""
         here = sum(slab.free.bit_count() for slab in self._slabs.get(layers.to_pair(), ()))
@@ -118,7 +134,8 @@ class KvPool:
             self._pages_used -= len(slab.layers)
             if slab.free == self._full:
                 self._slabs[slab.layers.to_pair()].remove(slab)
-                self._free_units.extend(base // self.slab_pages for base in slab.bases)
+                freed = (base // self.slab_pages for base in slab.bases)
+                self._free_units.extend(unit for unit in freed if unit < self.units)
 
     def _take(self, layers: LayerRange, after: Page | None) -> Page:
         if after is not None and after.slab.free >> (after.number + 1) & 1:
@@ -150,8 +167,16 @@ class KvPool:
             raise RuntimeError("KV pages are allocated that no sequence holds")
         slabs = [slab for group in self._slabs.values() for slab in group]
         units = self._free_units + [base // self.slab_pages for slab in slabs for base in slab.bases]
-        if sorted(units) != list(range(self.units)):
+        if sorted(unit for unit in units if unit < self.units) != list(range(self.units)):
             raise RuntimeError("KV units are lost or held twice")
         used = sum((self._full & ~slab.free).bit_count() * len(slab.layers) for slab in slabs)
         if used != self._pages_used:
             raise RuntimeError(f"{self._pages_used} KV pages counted as used, {used} are")
+
+
+def _resized(tensor: torch.Tensor, pages: int) -> torch.Tensor:
+    """The same pages in a tensor of another length (the first dimension)."""
+    resized = tensor.new_empty((pages, *tensor.shape[1:]))
+    kept = min(pages, tensor.shape[0])
+    resized[:kept] = tensor[:kept]
+    return resized

@@ -7,9 +7,19 @@ Decides nothing about files or devices. `helixd.model.config` derives a `Decoder
 from dataclasses import dataclass
 from typing import Literal
 
+from helixd.errors import ModelError
+
 DType = Literal["float32", "float16", "bfloat16"]
 
 DTYPE_BYTES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def parse_dtype(name: str) -> DType:
+    """The dtype called `name`. Raises ModelError for one that is not known."""
+    for known in DTYPE_BYTES:
+        if known == name:
+            return known
+    raise ModelError(f"dtype {name!r} is not known; supported: {', '.join(DTYPE_BYTES)}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,6 @@ class Measured(Message, frozen=True):
     node: Name
     prompt_layer_time_s: Points
     decode_layer_time_s: Points
-    overhead_bytes: Count
 
 
 class Probe(Message, frozen=True):
@@ -309,7 +308,7 @@ class Fetch(Message, frozen=True):
 
 
 class Fetched(Message, frozen=True):
-    """Coordinator -> worker, the bytes as payload. `dtype`, `shape`: of the whole tensor. `error`: "" when it worked."""
+    """Coordinator -> worker, the bytes as payload. `dtype`, `shape`: the whole tensor's. `error`: "" if it worked."""
 
     KIND: ClassVar[int] = 21
     request: int

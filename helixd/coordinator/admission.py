@@ -1,0 +1,206 @@
+"""Who gets a route and who waits for one: the queue in front of the router, and the KV ledger's day-to-day.
+
+Runs `helixd.route` on the clock: draws under the masks of the moment, lets small requests pass a head that does not
+fit, holds what has no pipeline for `failover_wait_s`, makes the youngest give way where a node's KV overflows. A
+sequence that had a route before goes ahead of new ones, the oldest first, and is never refused for a full queue.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Iterator
+
+from helixd.coordinator.sequence import Broken, Lease, SequenceRun
+from helixd.errors import NoRoute
+from helixd.ids import Attempt, Epoch, NodeId, SequenceId
+from helixd.route.admission import AdmissionQueue
+from helixd.route.expectation import OutputLength
+from helixd.route.ledger import KvLedger
+from helixd.route.router import Link, Route, Router
+
+EVERYBODY = 1 << 30
+OLDEST_FIRST = 1 << 50
+KV_PAGE_TOKENS = 128
+
+
+class _Waiter:
+    """A sequence in line."""
+
+    def __init__(self, run: SequenceRun) -> None:
+        self.run = run
+        self.lease: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        self.stranded_since_s: float | None = None
+
+
+class Admission:
+    """The one owner of the queue, the ledger and the sequences that hold routes."""
+
+    def __init__(
+        self, queue_limit: int, failover_wait_s: float, mean_output_tokens: float,
+        masks: Callable[[], tuple[Collection[NodeId], Collection[Link]]],
+    ) -> None:  # fmt: skip
+        self.ledger = KvLedger({})
+        self._queue: AdmissionQueue[_Waiter] = AdmissionQueue(EVERYBODY)
+        self._queue_limit = queue_limit
+        self._failover_wait_s = failover_wait_s
+        self._lengths = OutputLength(mean_output_tokens)
+        self._masks = masks
+        self._router: Router | None = None
+        self._epoch = Epoch(0)
+        self._holders: dict[SequenceId, tuple[SequenceRun, Lease]] = {}
+        self._changed = asyncio.Event()
+
+    # -- what the coordinator says -----------------------------------------------------------------------------------
+
+    def use_plan(self, epoch: Epoch, router: Router | None) -> None:
+        """Draw from this plan from now on; None: there is none, everybody waits."""
+        self._epoch, self._router = epoch, router
+        self._changed.set()
+
+    def something_changed(self) -> None:
+        """KV came free, or a node or link changed: look at the queue again."""
+        self._changed.set()
+
+    def freed(self, node: NodeId, sequence: SequenceId, attempt: Attempt) -> None:
+        """A node confirmed that an attempt's KV is free."""
+        if self.ledger.release(sequence, node, attempt=attempt):
+            self._changed.set()
+
+    def node_gone(self, node: NodeId) -> None:
+        """A node and all its KV are gone."""
+        self.ledger.forget_node(node)
+        self._changed.set()
+
+    def break_where(self, hit: Callable[[Lease], bool], code: str, reason: str) -> int:
+        """Break the attempts whose lease is hit; returns how many."""
+        hits = [(run, lease) for run, lease in self._holders.values() if hit(lease)]
+        for run, lease in hits:
+            run.deliver(Broken(lease.attempt, code, reason))
+        return len(hits)
+
+    # -- what is seen ------------------------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> int:
+        """Sequences in line."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Sequences with a route."""
+        return len(self._holders)
+
+    @property
+    def full(self) -> bool:
+        """Whether one more new request is one too many."""
+        return self._router is not None and self.waiting >= self._queue_limit
+
+    def leases(self) -> Iterator[Lease]:
+        """The routes in use."""
+        return iter([lease for _, lease in self._holders.values()])
+
+    def holder(self, sequence: SequenceId) -> SequenceRun | None:
+        """The sequence, if it has a route."""
+        found = self._holders.get(sequence)
+        return None if found is None else found[0]
+
+    def has_pipeline(self) -> bool:
+        """Whether requests could run now."""
+        nodes, links = self._masks()
+        return self._router is not None and self._router.has_pipeline(nodes, links)
+
+    def fits_when_empty(self, prompt_tokens: int) -> bool:
+        """Whether a prompt of this length fits into some pipeline at all (true while there is no plan)."""
+        return self._router is None or self._router.fits_when_empty(prompt_tokens)
+
+    # -- what sequences do -------------------------------------------------------------------------------------------
+
+    async def acquire(self, run: SequenceRun) -> Lease:
+        """A reserved route. Raises NoRoute when there was none for `failover_wait_s`, or none can ever fit."""
+        waiter = _Waiter(run)
+        priority = OLDEST_FIRST - run.order if run.recovering else 0
+        ticket = self._queue.push(waiter, now_s=time.monotonic(), priority=priority)
+        self._changed.set()
+        try:
+            return await waiter.lease
+        except asyncio.CancelledError:
+            if not self._queue.remove(ticket) and waiter.lease.done() and not waiter.lease.cancelled():
+                self.forget(waiter.lease.result())
+            raise
+
+    def forget(self, lease: Lease) -> None:
+        """The attempt is over; its KV stays reserved until the hops confirm (or are gone)."""
+        self._holders.pop(lease.sequence, None)
+
+    def ended(self, run: SequenceRun) -> None:
+        """A sequence is over: its length teaches what to expect."""
+        if run.text.ids:
+            self._lengths.observe(len(run.text.ids))
+
+    def progressed(self, lease: Lease, tokens: int) -> None:
+        """A sequence grew to `tokens`; where a node overflows, the youngest there gives way."""
+        if self._router is not None:
+            self._router.count_decode(lease.route)
+        for node in self.ledger.grow(lease.sequence, tokens, attempt=lease.attempt):
+            self.relieve(node, "the node's KV cache is full")
+
+    def relieve(self, node: NodeId, reason: str) -> None:
+        """Preempt the youngest sequence on a node, unless it is the only one there."""
+        here = [
+            self._holders[sequence]
+            for sequence, attempt in self.ledger.holders(node)
+            if sequence in self._holders and self._holders[sequence][1].attempt == attempt
+        ]
+        if len(here) > 1:
+            run, lease = max(here, key=lambda held: held[0].order)
+            run.deliver(Broken(lease.attempt, "kv_full", reason))
+
+    # -- the line ----------------------------------------------------------------------------------------------------
+
+    async def run(self, tick_s: float = 0.25) -> None:
+        """Serve the line until cancelled."""
+        while True:
+            try:
+                async with asyncio.timeout(tick_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+            self._changed.clear()
+            self._queue.admit(time.monotonic(), self._admit)
+
+    def _admit(self, waiter: _Waiter) -> bool:
+        """Try to give a waiter its route; True takes it out of the line (also with an error)."""
+        if waiter.lease.done():
+            return True
+        try:
+            lease = self._draw(waiter.run)
+        except NoRoute as error:
+            return self._is_hopeless(waiter, error)
+        self._holders[waiter.run.id] = (waiter.run, lease)
+        waiter.lease.set_result(lease)
+        return True
+
+    def _draw(self, run: SequenceRun) -> Lease:
+        if self._router is None:
+            raise NoRoute("no placement of the model is ready", cause="topology")
+        nodes, links = self._masks()
+        attempt = Attempt(run.attempts)
+        expected = self._lengths.expect(max(1, run.max_tokens), emitted=len(run.text.ids))
+        whole_pages = -(-(run.tokens + expected) // KV_PAGE_TOKENS) * KV_PAGE_TOKENS
+        route: Route = self._router.draw(
+            run.id, run.tokens, whole_pages - run.tokens, attempt=attempt, masked_nodes=nodes, masked_links=links
+        )
+        return Lease(run.id, attempt, self._epoch, route)
+
+    def _is_hopeless(self, waiter: _Waiter, error: NoRoute) -> bool:
+        now = time.monotonic()
+        if error.cause == "kv":
+            waiter.stranded_since_s = None
+            return False
+        if waiter.stranded_since_s is None:
+            waiter.stranded_since_s = now
+        if now - waiter.stranded_since_s < self._failover_wait_s:
+            return False
+        waiter.lease.set_exception(
+            NoRoute(f"{error.reason}; waited {self._failover_wait_s:g} s for another", cause=error.cause)
+        )
+        return True

@@ -1,0 +1,208 @@
+"""Plans in force: push one, wait until its nodes are ready, switch to it, retire what came before.
+
+A plan's epoch only rises. Workers load beside what they serve; where memory does not allow both, everything stops for
+the switch (its sequences wait, they are not lost). Sequences of an older epoch run on where their hops are unchanged;
+the others are told to move. Knows nothing of how a plan is made.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+from helixd.coordinator.admission import Admission
+from helixd.coordinator.fleet import Fleet
+from helixd.coordinator.planning import ModelSizes
+from helixd.coordinator.sequence import Lease
+from helixd.ids import Epoch, NodeId, PeerId
+from helixd.layers import LayerRange
+from helixd.plan.plan import Plan
+from helixd.plan.spec import COORDINATOR
+from helixd.protocol.codec import to_frame
+from helixd.protocol.messages import Assignment, EpochPush, EpochRetire, EpochState, PeerAddress
+from helixd.route.router import Router
+
+log = logging.getLogger(__name__)
+
+LEAST_KV_TOKENS = 128
+"""A node with less KV room per held layer than this cannot serve while it switches."""
+
+
+@dataclass(slots=True)
+class PlanInForce:
+    """An epoch's plan and how far its nodes are. `states` by node: loading, ready or failed."""
+
+    epoch: Epoch
+    plan: Plan
+    kv_token_layers: dict[NodeId, int]
+    states: dict[NodeId, EpochState] = field(default_factory=dict)
+
+    def ready(self, node: NodeId) -> bool:
+        """Whether a node serves this epoch."""
+        state = self.states.get(node)
+        return state is not None and state.state == "ready"
+
+
+class Epochs:
+    """The one owner of the active and the coming plan."""
+
+    def __init__(
+        self, fleet: Fleet, admission: Admission, sizes: ModelSizes, first: Epoch, remember: Callable[[Epoch], None]
+    ) -> None:
+        self.active: PlanInForce | None = None
+        self.coming: PlanInForce | None = None
+        self._fleet = fleet
+        self._admission = admission
+        self._sizes = sizes
+        self._last = first
+        self._remember = remember
+        self._retired_below = first
+
+    def holding(self) -> dict[NodeId, LayerRange]:
+        """What nodes hold or are loading, as far as it is a single range."""
+        held: dict[NodeId, LayerRange] = {}
+        for peer in self._fleet.peers.values():
+            for node, start, end in peer.hello.held:
+                if 0 <= start < end:
+                    held[NodeId(node)] = LayerRange(start, end)
+        for plan in (self.active, self.coming):
+            if plan is not None:
+                held.update((n, r) for n, r in plan.plan.placement.items() if n in self._fleet.nodes)
+        return held
+
+    def push(self, plan: Plan) -> None:
+        """Start the switch to `plan`."""
+        self._last = Epoch(self._last + 1)
+        self._remember(self._last)
+        beside = {node: self._room(node, layers, beside=True) for node, layers in plan.placement.items()}
+        if self.active is not None and any(
+            room < len(plan.placement[node]) * LEAST_KV_TOKENS for node, room in beside.items()
+        ):
+            log.warning(
+                "epoch %d: old and new layers do not fit side by side; serving pauses for the switch", self._last
+            )
+            self._admission.use_plan(self._last, None)
+            self._admission.break_where(lambda lease: True, "moved", "the plan changed")
+            self._retire_below(self._last)
+            self.active = None
+            beside = {node: self._room(node, layers, beside=False) for node, layers in plan.placement.items()}
+        self.coming = PlanInForce(self._last, plan, beside)
+        self._send(self.coming)
+        log.info(
+            "epoch %d pushed: %s", self._last,
+            ", ".join(f"{node} {layers}" for node, layers in sorted(plan.placement.items())),
+        )  # fmt: skip
+
+    def on_state(self, state: EpochState) -> None:
+        """A node tells how far it is."""
+        for plan in (self.active, self.coming):
+            if plan is not None and plan.epoch == state.epoch:
+                plan.states[NodeId(state.node)] = state
+        if state.state == "failed":
+            log.error("node %s cannot serve epoch %d: %s", state.node, state.epoch, state.message)
+        self._switch_if_ready()
+
+    def on_node_lost(self, node: NodeId) -> None:
+        """A node is gone: it confirms nothing any more."""
+        for plan in (self.active, self.coming):
+            if plan is not None:
+                plan.states.pop(node, None)
+        self._switch_if_ready()
+
+    def welcome_back(self, nodes: Collection[NodeId]) -> None:
+        """Nodes (re)joined and are measured: those of a plan in force are told of it again."""
+        for plan in (self.active, self.coming):
+            if plan is not None and any(node in plan.plan.placement for node in nodes):
+                self._send(plan)
+
+    def unready_nodes(self) -> frozenset[NodeId]:
+        """Nodes of the active plan that do not serve it."""
+        if self.active is None:
+            return frozenset()
+        return frozenset(n for n in self.active.plan.placement if not self.active.ready(n))
+
+    def retire_drained(self) -> None:
+        """Retire old epochs once nothing runs in them."""
+        if self.active is None or self._retired_below >= self.active.epoch:
+            return
+        if all(lease.epoch >= self.active.epoch for lease in self._admission.leases()):
+            self._retire_below(self.active.epoch)
+            self.active.kv_token_layers = {
+                node: self._room(node, layers, beside=False) for node, layers in self.active.plan.placement.items()
+            }
+            self._send(self.active)
+
+    def _switch_if_ready(self) -> None:
+        coming = self.coming
+        if coming is None:
+            return
+        outstanding = [
+            node
+            for node in coming.plan.placement
+            if node in self._fleet.nodes and (coming.states.get(node) is None or coming.states[node].state == "loading")
+        ]
+        if outstanding:
+            return
+        self.active, self.coming = coming, None
+        self._admission.use_plan(
+            coming.epoch, Router(coming.plan, coming.kv_token_layers, ledger=self._admission.ledger)
+        )  # fmt: skip
+        moved = self._admission.break_where(
+            lambda lease: lease.epoch < coming.epoch and not _still_held(lease, coming.plan.placement),
+            "moved", "the plan changed",
+        )  # fmt: skip
+        log.info("epoch %d serves; %d sequences move", coming.epoch, moved)
+        self.retire_drained()
+
+    def _retire_below(self, epoch: Epoch) -> None:
+        self._retired_below = epoch
+        for peer in self._fleet.peers.values():
+            peer.outbox.post(to_frame(EpochRetire(epoch)))
+
+    def _send(self, plan: PlanInForce) -> None:
+        assignments = [self._assignment(plan, node, layers) for node, layers in plan.plan.placement.items()]
+        for peer in self._fleet.peers.values():
+            push = EpochPush(plan.epoch, assignments, self._neighbours(plan.plan, peer.id))
+            peer.outbox.post(to_frame(push))
+
+    def _assignment(self, plan: PlanInForce, node: NodeId, layers: LayerRange) -> Assignment:
+        peer = self._fleet.peer_of(node)
+        hops = [
+            ("" if hop.node == COORDINATOR else hop.node, hop.flow_tokens_per_s)
+            for hop in plan.plan.schedule.get(node, ())
+        ]
+        host = peer.id if peer is not None else ""
+        return Assignment(node, host, layers.start, layers.end, plan.kv_token_layers[node], hops)
+
+    def _neighbours(self, plan: Plan, me: PeerId) -> list[PeerAddress]:
+        """Peers that this one sends to or receives from; the receiver dials."""
+        found: dict[PeerId, PeerAddress] = {}
+        for src, hops in plan.schedule.items():
+            for hop in hops:
+                a, b = self._fleet.peer_of(src), self._fleet.peer_of(hop.node)
+                if a is None or b is None or a.id == b.id or me not in (a.id, b.id):
+                    continue
+                other, receiving = (a, True) if me == b.id else (b, False)
+                known = found.get(other.id)
+                dial = receiving or (known is not None and known.dial)
+                found[other.id] = PeerAddress(other.id, other.host, other.port, dial)
+        return list(found.values())
+
+    def _room(self, node: NodeId, layers: LayerRange, *, beside: bool) -> int:
+        """KV token-layers left on a node that holds `layers` (and, `beside`, what it holds now)."""
+        known = self._fleet.nodes.get(node)
+        if known is None:
+            return 0
+        held = set(layers.layers())
+        old = self.active.plan.placement.get(node) if beside and self.active is not None else None
+        if old is not None:
+            held |= set(old.layers())
+        weights = self._sizes.weights_of(held)
+        return max(0, (known.hardware.memory_budget_bytes - weights) // self._sizes.kv_bytes_per_token_layer)
+
+
+def _still_held(lease: Lease, placement: Mapping[NodeId, LayerRange]) -> bool:
+    """Whether every hop of a route is still on a node that holds its layers."""
+    return all(
+        (held := placement.get(hop.node)) is not None and held.start <= hop.layers.start and hop.layers.end <= held.end
+        for hop in lease.route.hops
+    )

@@ -1,0 +1,169 @@
+"""From what is known of the fleet to a plan: the ClusterSpec, and the planner in a process of its own.
+
+The planner may crash, hang or run out of memory without taking serving down: it runs in a child process that is killed
+past its time. Nothing unmeasured is planned with: a node without measurements and a link without a probe are absent.
+"""
+
+import asyncio
+import logging
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from helixd.coordinator.fleet import Fleet, Node
+from helixd.errors import HelixError
+from helixd.ids import NodeId, PeerId
+from helixd.layers import LayerRange
+from helixd.model.decoder import DTYPE_BYTES, DecoderConfig, DType
+from helixd.model.sizes import embedding_bytes, head_bytes, layer_bytes
+from helixd.plan.plan import Infeasible, Plan
+from helixd.plan.profile import NodeMeasurement, profiles_from_measurements
+from helixd.plan.spec import COORDINATOR, ClusterSpec, LinkSpec, ModelSpec, NodeSpec, WorkloadSpec
+
+log = logging.getLogger(__name__)
+
+TOKEN_BYTES = 4
+GRACE_S = 20.0
+IN_PROCESS_BYTES_PER_S = 10e9
+MAX_PLAN_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """What the operator says about one node."""
+
+    min_layers: int | None = None
+    max_layers: int | None = None
+    range: LayerRange | None = None
+    exclude: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PlanningOptions:
+    """`kv_fraction`: share of a node's memory that layers leave free for KV, given up if nothing fits otherwise.
+
+    `workload.min_kv_tokens` of KV room in every held layer are never given up. `pins` by node id.
+    """
+
+    time_limit_s: float = 10.0
+    workload: WorkloadSpec = field(default_factory=WorkloadSpec)
+    kv_fraction: float = 0.3
+    pins: Mapping[str, Pin] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """Bytes of the model's parts in the dtype it is computed in."""
+
+    layer_bytes: int
+    embedding_bytes: int
+    head_bytes: int
+    activation_bytes: int
+    kv_bytes_per_token_layer: int
+    num_layers: int
+
+    @classmethod
+    def of(cls, config: DecoderConfig, dtype: DType) -> "ModelSizes":
+        """Sizes of a decoder; layers of unequal size count as the largest."""
+        return cls(
+            layer_bytes=max(layer_bytes(config, dtype)),
+            embedding_bytes=embedding_bytes(config, dtype),
+            head_bytes=head_bytes(config, dtype),
+            activation_bytes=config.hidden_size * DTYPE_BYTES[dtype],
+            kv_bytes_per_token_layer=2 * config.num_kv_heads * config.head_dim * DTYPE_BYTES[dtype],
+            num_layers=config.num_layers,
+        )
+
+    def weights_of(self, layers: Collection[int]) -> int:
+        """Bytes of what a node holds for these layers, embedding and head included at the model's ends."""
+        embedding = self.embedding_bytes if 0 in layers else 0
+        head = self.head_bytes if self.num_layers - 1 in layers else 0
+        return len(layers) * self.layer_bytes + embedding + head
+
+
+class PlannerFailed(HelixError):
+    """The planner's process gave no plan; the old plan stays."""
+
+
+def build_spec(
+    fleet: Fleet, name: str, sizes: ModelSizes, options: PlanningOptions, holding: Mapping[NodeId, LayerRange]
+) -> ClusterSpec:
+    """The cluster as it is measured now. `holding`: the ranges nodes have loaded, which a new plan may keep."""
+    nodes = [node for node in fleet.ready_nodes() if node.measured is not None]
+    model = ModelSpec(
+        name, sizes.num_layers, sizes.layer_bytes, sizes.activation_bytes, TOKEN_BYTES,
+        sizes.embedding_bytes, sizes.head_bytes,
+    )  # fmt: skip
+    measured = {node.id: _measurement(node) for node in nodes}
+    profiles = profiles_from_measurements(measured, model, sizes.kv_bytes_per_token_layer, options.workload)
+    specs = []
+    for node in nodes:
+        pin = options.pins.get(node.id, Pin())
+        roomy = int(node.hardware.memory_budget_bytes * (1 - options.kv_fraction) // sizes.layer_bytes)
+        specs.append(
+            NodeSpec(
+                node.id, profiles[node.id], min_layers=pin.min_layers,
+                max_layers=pin.max_layers if pin.max_layers is not None else max(1, roomy),
+                exclude=pin.exclude, fixed_range=pin.range, current_range=holding.get(node.id),
+            )
+        )  # fmt: skip
+    return ClusterSpec(name, model, tuple(specs), tuple(_links(fleet, nodes)), options.workload)
+
+
+def _measurement(node: Node) -> NodeMeasurement:
+    assert node.measured is not None
+    return NodeMeasurement(
+        node.hardware.device_name or node.hardware.device,
+        node.hardware.memory_budget_bytes,
+        tuple(node.measured.prompt_layer_time_s),
+        tuple(node.measured.decode_layer_time_s),
+    )
+
+
+def _links(fleet: Fleet, nodes: list[Node]) -> list[LinkSpec]:
+    links = []
+    for a in nodes:
+        for src, dst in ((COORDINATOR, a.id), (a.id, COORDINATOR)):
+            fact = fleet.links.get((PeerId(COORDINATOR), a.peer))
+            if fact is not None and not fact.error:
+                links.append(LinkSpec(src, dst, fact.bandwidth_bytes_per_s, fact.rtt_s / 2))
+        for b in nodes:
+            if a.id == b.id:
+                continue
+            if a.peer == b.peer:
+                links.append(LinkSpec(a.id, b.id, IN_PROCESS_BYTES_PER_S, 0.0))
+                continue
+            fact = fleet.links.get((a.peer, b.peer))
+            if fact is not None and not fact.error:
+                links.append(LinkSpec(a.id, b.id, fact.bandwidth_bytes_per_s, fact.rtt_s / 2))
+    return links
+
+
+async def run_planner(spec: ClusterSpec, time_limit_s: float) -> Plan:
+    """Plan in a child process. Raises Infeasible, or PlannerFailed (crash, time, nonsense)."""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "helixd.coordinator.planner_child", str(time_limit_s),
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(time_limit_s + GRACE_S):
+            answer, _ = await child.communicate(msgspec.json.encode(spec))
+    except TimeoutError:
+        raise PlannerFailed(f"the planner's process gave no answer within {time_limit_s + GRACE_S:g} s") from None
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+    if child.returncode == INFEASIBLE_EXIT:
+        raise Infeasible(answer.decode("utf-8", "replace"))
+    if child.returncode != 0:
+        raise PlannerFailed(f"the planner's process ended with status {child.returncode}")
+    try:
+        return msgspec.json.decode(answer, type=Plan)
+    except msgspec.ValidationError as error:
+        raise PlannerFailed(f"the planner's answer makes no sense: {error}") from error
+
+
+INFEASIBLE_EXIT = 3

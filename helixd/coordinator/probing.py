@@ -1,0 +1,129 @@
+"""Measuring the links: which pairs still need a probe, one probe at a time per host, bounded bytes.
+
+Workers probe each other over the sockets that carry activations; the coordinator only asks and waits. A pair that
+cannot connect is recorded with its error: the planner treats it as absent. Runs again for whoever joins.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from helixd.coordinator.fleet import Fleet, LinkFact, Peer
+from helixd.ids import PeerId
+from helixd.plan.spec import COORDINATOR
+from helixd.protocol.codec import to_frame
+from helixd.protocol.messages import Probe, Probed
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 10.0
+HUB = PeerId(COORDINATOR)
+
+
+class Prober:
+    """Keeps the fleet's link facts complete. `changed` is called whenever a fact was added."""
+
+    def __init__(
+        self, fleet: Fleet, me: PeerId, tasks: asyncio.TaskGroup, changed: Callable[[], None],
+        max_bytes: int, timeout_s: float,
+    ) -> None:  # fmt: skip
+        self._fleet = fleet
+        self._me = me
+        self._tasks = tasks
+        self._changed = changed
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+        self._busy_hosts: set[str] = set()
+        self._under_way: dict[tuple[PeerId, PeerId], asyncio.Future[LinkFact]] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every pair has a fact."""
+        return not self._missing()
+
+    def pump(self) -> None:
+        """Start the probes that can start now."""
+        for src, dst in self._missing():
+            if (src, dst) in self._under_way:
+                continue
+            hosts = {self._host(src), self._host(dst)}
+            if hosts & self._busy_hosts:
+                continue
+            self._busy_hosts |= hosts
+            self._under_way[src, dst] = asyncio.get_running_loop().create_future()
+            self._tasks.create_task(self._probe(src, dst, hosts), name=f"probe {src} -> {dst}")
+
+    def on_probed(self, src: PeerId, message: Probed) -> None:
+        """A worker's answer."""
+        to_me = message.peer == self._me
+        waiting = self._under_way.get((HUB, src) if to_me else (src, PeerId(message.peer)))
+        if waiting is not None and not waiting.done():
+            waiting.set_result(LinkFact(message.rtt_s, message.bandwidth_bytes_per_s, message.error))
+
+    def link_lost(self, a: PeerId, b: PeerId, reason: str) -> None:
+        """A data link broke: both ways are unusable until a later probe says otherwise."""
+        pairs = ((a, b), (b, a))
+        for pair in pairs:
+            self._fleet.links[pair] = LinkFact(0.0, 0.0, reason)
+        self._changed()
+        self._tasks.create_task(self._ask_again(pairs), name=f"probe {a} - {b} again")
+
+    async def _ask_again(self, pairs: tuple[tuple[PeerId, PeerId], ...]) -> None:
+        await asyncio.sleep(RETRY_S)
+        for pair in pairs:
+            known = self._fleet.links.get(pair)
+            if known is not None and known.error:
+                del self._fleet.links[pair]
+        self.pump()
+
+    def on_peer_lost(self, peer: PeerId) -> None:
+        """Nobody answers for a peer that is gone."""
+        for pair, waiting in self._under_way.items():
+            if peer in pair and not waiting.done():
+                waiting.set_result(LinkFact(0.0, 0.0, f"{peer} left"))
+
+    async def _probe(self, src: PeerId, dst: PeerId, hosts: set[str]) -> None:
+        try:
+            fact = await self._ask(src, dst)
+        finally:
+            del self._under_way[src, dst]
+            self._busy_hosts -= hosts
+        if src in self._fleet.peers or dst in self._fleet.peers:
+            self._fleet.links[src, dst] = fact
+            if fact.error:
+                log.warning("link %s -> %s cannot be used: %s", src, dst, fact.error)
+        self.pump()
+        self._changed()
+
+    async def _ask(self, src: PeerId, dst: PeerId) -> LinkFact:
+        asked = self._fleet.peers.get(dst if src == HUB else src)
+        other = self._fleet.peers.get(dst)
+        if asked is None:
+            return LinkFact(0.0, 0.0, "left")
+        if src == HUB:
+            # Tokens are a few bytes each: the worker measures its way to us, and both ways are taken to be alike.
+            request = Probe(self._me, "", 0, self._max_bytes)
+        elif other is not None:
+            request = Probe(dst, other.host, other.port, self._max_bytes)
+        else:
+            return LinkFact(0.0, 0.0, "left")
+        waiting = self._under_way[src, dst]
+        asked.outbox.post(to_frame(request))
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await waiting
+        except TimeoutError:
+            return LinkFact(0.0, 0.0, f"{asked.id} did not answer a probe within {self._timeout_s:g} s")
+
+    def _missing(self) -> list[tuple[PeerId, PeerId]]:
+        peers = [peer for peer in self._fleet.peers.values() if self._measured(peer)]
+        pairs = [(HUB, peer.id) for peer in peers]
+        pairs += [(a.id, b.id) for a in peers for b in peers if a.id != b.id]
+        return [pair for pair in pairs if pair not in self._fleet.links]
+
+    def _measured(self, peer: Peer) -> bool:
+        """Probing while a device is being measured would spoil both."""
+        return all(self._fleet.nodes[node].measured is not None for node in peer.nodes)
+
+    def _host(self, peer: PeerId) -> str:
+        return "" if peer == HUB else self._fleet.peers[peer].host

@@ -1,0 +1,72 @@
+"""What waits to be sent to each peer, and the task that sends it, so that nobody who posts ever waits for a socket.
+
+One outbox per peer. Bounded in bytes: past `soft_bytes` the outbox is *congested* and whoever can should hold back;
+past `hard_bytes` the peer takes nothing and its link is closed, which its owner hears of like any other loss.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from helixd.errors import PeerLost
+from helixd.wire.link import Frame, Link
+
+FRAME_OVERHEAD_BYTES = 256
+
+
+class Outbox:
+    """Frames on the way to one peer, in order."""
+
+    def __init__(
+        self, link: Link, on_drained: Callable[[], None], soft_bytes: int = 32 << 20, hard_bytes: int = 256 << 20
+    ) -> None:
+        self.link = link
+        self._on_drained = on_drained
+        self._soft_bytes = soft_bytes
+        self._hard_bytes = hard_bytes
+        self._frames: deque[Frame] = deque()
+        self._bytes = 0
+        self._more = asyncio.Event()
+        self._overflow = False
+
+    @property
+    def congested(self) -> bool:
+        """Whether what can wait should wait."""
+        return self._bytes > self._soft_bytes
+
+    def post(self, frame: Frame) -> None:
+        """Queue a frame. Never waits; over the hard bound the link is closed instead."""
+        if self.link.closed is not None or self._overflow:
+            return
+        self._frames.append(frame)
+        self._bytes += _cost(frame)
+        if self._bytes > self._hard_bytes:
+            self._overflow = True
+            self._frames.clear()
+        self._more.set()
+
+    async def run(self) -> None:
+        """Send until the link closes."""
+        while True:
+            await self._more.wait()
+            if self._overflow:
+                await self.link.close(f"{self._hard_bytes >> 20} MiB wait for this peer and it takes nothing")
+                return
+            if not self._frames:
+                self._more.clear()
+                continue
+            frame = self._frames.popleft()
+            try:
+                await self.link.send(frame)
+            except PeerLost:
+                # Whoever watches the link is told by its on_lost handler; here only the queue ends.
+                self._frames.clear()
+                return
+            was_congested = self.congested
+            self._bytes -= _cost(frame)
+            if was_congested and not self.congested:
+                self._on_drained()
+
+
+def _cost(frame: Frame) -> int:
+    return FRAME_OVERHEAD_BYTES + (0 if frame.payload is None else frame.payload.nbytes)

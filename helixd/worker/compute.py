@@ -1,0 +1,159 @@
+"""One step of a node, run in the node's dedicated thread: closes, opens, one forward pass, results packed as bytes.
+
+Turns passes (bytes) into the engine's tensors and the engine's results into payloads per next hop. Knows no sockets.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from helixd.engine.engine import Engine
+from helixd.engine.types import SequenceSpec, StageResult, StageWork
+from helixd.errors import OutOfKv
+from helixd.ids import SequenceId
+from helixd.model.decoder import DType
+from helixd.sampling import TokenLogprobs
+from helixd.worker.batcher import Pass
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+TORCH_DTYPES: dict[DType, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+class ComputeThread:
+    """The thread in which a device computes and loads; calls run one after another, never on the event loop."""
+
+    def __init__(self, name: str) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+
+    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The call's result, computed in the thread. A cancelled await does not stop the call."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, lambda: call(*args, **kwargs))
+
+    def close(self) -> None:
+        """Let the running call end; no more are taken."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPass:
+    """A pass with the ids whose log probabilities are wanted (None: none are)."""
+
+    item: Pass
+    score: tuple[int | None, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What the thread does next, in this order. `groups[i]` is the next hop of `passes[i]` ("" for none)."""
+
+    closes: tuple[SequenceId, ...]
+    opens: tuple[SequenceSpec, ...]
+    passes: tuple[ScoredPass, ...]
+    groups: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnToken:
+    """A token drawn by a pass."""
+
+    item: Pass
+    token: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """What came of a step. `rows[group]`: the passes that go to a next hop, and their rows as one buffer."""
+
+    rows: dict[str, tuple[list[Pass], memoryview]] = field(default_factory=dict)
+    drawn: list[DrawnToken] = field(default_factory=list)
+    scored: list[tuple[Pass, tuple[TokenLogprobs | None, ...]]] = field(default_factory=list)
+    out_of_kv: list[Pass] = field(default_factory=list)
+    failed: list[Pass] = field(default_factory=list)
+    error: str = ""
+
+
+class NodeCompute:
+    """An engine and how bytes become its tensors. Every method runs in the node's thread."""
+
+    def __init__(self, engine: Engine, hidden_size: int, dtype: DType) -> None:
+        self.engine = engine
+        self._hidden_size = hidden_size
+        self._dtype = TORCH_DTYPES[dtype]
+        self.row_bytes = hidden_size * self._dtype.itemsize
+
+    def run(self, step: Step) -> StepOutcome:
+        """Do the step. A pass that finds no KV room is set aside and the rest goes on."""
+        outcome = StepOutcome()
+        for handle in step.closes:
+            self.engine.close(handle)
+        for spec in step.opens:
+            self.engine.open(spec)
+        passes, groups = list(step.passes), dict(zip((p.item.handle for p in step.passes), step.groups, strict=True))
+        results: list[StageResult] = []
+        while passes:
+            try:
+                results = self.engine.forward([self._work(scored) for scored in passes])
+                break
+            except OutOfKv as error:
+                victim = _victim(error, passes)
+                outcome.out_of_kv.append(victim.item)
+                passes.remove(victim)
+            except RuntimeError as error:
+                # torch reports device trouble (out of memory, a lost device) as RuntimeError: these sequences can go
+                # on elsewhere, and the next step tells whether the device still works.
+                outcome.failed = [scored.item for scored in passes]
+                outcome.error = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+                return outcome
+        self._pack(passes, results, groups, outcome)
+        return outcome
+
+    def _work(self, scored: ScoredPass) -> StageWork:
+        item = scored.item
+        hidden = None
+        if item.rows is not None:
+            hidden = torch.frombuffer(item.rows, dtype=self._dtype).view(item.n, self._hidden_size)
+        return StageWork(item.handle, item.start, item.token_ids, hidden, item.sample, scored.score)
+
+    def _pack(
+        self, passes: list[ScoredPass], results: Sequence[StageResult], groups: dict[SequenceId, str], into: StepOutcome
+    ) -> None:
+        onward: dict[str, tuple[list[Pass], list[torch.Tensor]]] = {}
+        for scored, result in zip(passes, results, strict=True):
+            item = scored.item
+            if result.hidden is not None:
+                items, tensors = onward.setdefault(groups[item.handle], ([], []))
+                items.append(item)
+                tensors.append(result.hidden)
+            if result.token is not None:
+                into.drawn.append(DrawnToken(item, result.token, result.logprobs))
+            if result.scores is not None:
+                into.scored.append((item, result.scores))
+        for group, (items, tensors) in onward.items():
+            stacked = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            into.rows[group] = (items, _bytes_of(stacked))
+
+
+def _bytes_of(rows: torch.Tensor) -> memoryview:
+    """The rows' memory, copied off the engine's buffers and the device."""
+    owned = rows.detach().to("cpu", copy=True).contiguous()
+    return memoryview(owned.view(torch.uint8).numpy().data).cast("B")
+
+
+def _victim(error: OutOfKv, passes: list[ScoredPass]) -> ScoredPass:
+    """The pass that did not fit: the one the engine names, else the one with most rows."""
+    for scored in passes:
+        if scored.item.handle == error.sequence:
+            return scored
+    return max(passes, key=lambda scored: scored.item.n)

@@ -1,0 +1,171 @@
+"""One device of this daemon: its threads, its engine, its runtime; prepares, measures, loads and unloads.
+
+Loading runs in a thread of its own so that it never pauses sequences that are being served. Decides nothing about
+plans: the session says what to hold.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from helixd.engine.engine import Engine
+from helixd.engine.timing import LayerTimes
+from helixd.engine.types import EngineOptions
+from helixd.errors import HelixError
+from helixd.ids import Epoch, NodeId
+from helixd.layers import LayerRange
+from helixd.model.decoder import DecoderConfig, DType
+from helixd.model.sizes import layer_bytes
+from helixd.model.weights import WeightSource
+from helixd.worker.batcher import BatchLimits
+from helixd.worker.compute import ComputeThread, NodeCompute
+from helixd.worker.measure import measured_layer_times
+from helixd.worker.node import NodeRuntime, Post
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSetup:
+    """A device and how much of its memory helixd may use, for weights and KV together."""
+
+    node: NodeId
+    device: str
+    device_name: str
+    memory_total_bytes: int
+    memory_budget_bytes: int
+    threads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSetup:
+    """The model as the coordinator's welcome declares it."""
+
+    name: str
+    fingerprint: str
+    config: DecoderConfig
+    dtype: DType
+    max_context_tokens: int
+    limits: BatchLimits
+
+
+class NodeHost:
+    """The one owner of a device."""
+
+    def __init__(self, setup: NodeSetup) -> None:
+        self.setup = setup
+        self.model: ModelSetup | None = None
+        self.runtime: NodeRuntime | None = None
+        self.weight_bytes_loaded = 0
+        self._thread = ComputeThread(f"compute-{setup.node}")
+        self._loader = ComputeThread(f"load-{setup.node}")
+        self._engine: Engine | None = None
+        self._ranges: dict[Epoch, LayerRange] = {}
+        self._loop_task: asyncio.Task[None] | None = None
+        self._loading = asyncio.Lock()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; there is one once the node is prepared."""
+        assert self._engine is not None
+        return self._engine
+
+    def held(self) -> list[tuple[int, int]]:
+        """Loaded layers as maximal half-open ranges."""
+        layers = sorted(self._engine.loaded) if self._engine is not None else []
+        ranges: list[tuple[int, int]] = []
+        for layer in layers:
+            if ranges and ranges[-1][1] == layer:
+                ranges[-1] = (ranges[-1][0], layer + 1)
+            else:
+                ranges.append((layer, layer + 1))
+        return ranges
+
+    async def prepare(self, model: ModelSetup, post: Post, tasks: asyncio.TaskGroup) -> None:
+        """Make an engine for the model, or keep the one there is if the model is the same."""
+        if self._engine is not None and self.model is not None and self.model.fingerprint == model.fingerprint:
+            self.model = model
+            return
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+        self.model = model
+        self._ranges.clear()
+        options = self._options(model)
+        self._engine = await self._thread.run(Engine, model.config, options)
+        compute = NodeCompute(self._engine, model.config.hidden_size, model.dtype)
+        self.runtime = NodeRuntime(self.setup.node, self._thread, compute, model.limits, post)
+        self._loop_task = tasks.create_task(self.runtime.run(), name=f"node {self.setup.node}")
+
+    async def measure(self, cache: Path | None) -> LayerTimes:
+        """Layer times of this device for the prepared model."""
+        assert self.model is not None
+        options = self._options(self.model)
+        return await self._thread.run(
+            measured_layer_times, self.model.config, options, self.setup.device_name, cache
+        )  # fmt: skip
+
+    async def load(
+        self, epoch: Epoch, layers: LayerRange, kv_token_layers: int, source: WeightSource,
+        progress: Callable[[int, int], None],
+    ) -> None:  # fmt: skip
+        """Hold `layers` for `epoch`, beside what is held already, and offer `kv_token_layers` of KV.
+
+        Raises ModelError (bad weights), HelixError (no memory, with the sum).
+        """
+        assert self.model is not None
+        assert self.runtime is not None
+        async with self._loading:
+            await self._prune({*self._held_by_epochs(), *layers.layers()})
+            before = self.engine.loaded
+            try:
+                await self._loader.run(
+                    self.engine.load, layers, source, embedding=layers.start == 0,
+                    head=layers.end == self.model.config.num_layers, progress=progress,
+                )  # fmt: skip
+                await self._thread.run(self.engine.set_kv_capacity, kv_token_layers)
+            except (MemoryError, RuntimeError) as error:
+                raise HelixError(
+                    f"node {self.setup.node} could not load layers {layers} on {self.setup.device}: {error}; "
+                    f"lower device.memory (now {self.setup.memory_budget_bytes / 2**30:.2f} GiB)"
+                ) from error
+            sizes = layer_bytes(self.model.config, self.model.dtype)
+            self.weight_bytes_loaded += sum(sizes[layer] for layer in self.engine.loaded - before)
+            self._ranges[epoch] = layers
+        self.runtime.serve_epoch(epoch, layers)
+
+    async def retire_below(self, epoch: Epoch) -> None:
+        """Drop the epochs below `epoch`, and the layers that no later epoch holds."""
+        self._ranges = {e: layers for e, layers in self._ranges.items() if e >= epoch}
+        if self.runtime is None:
+            return
+        self.runtime.retire_below(epoch)
+        async with self._loading:
+            if self._ranges:
+                await self._prune(self._held_by_epochs())
+
+    def forget_epochs(self) -> None:
+        """The coordinator is gone and its epochs with it; the layers stay, for the next one may want them."""
+        self._ranges.clear()
+        if self.runtime is not None:
+            self.runtime.forget_all()
+
+    def _held_by_epochs(self) -> set[int]:
+        return {layer for layers in self._ranges.values() for layer in layers.layers()}
+
+    async def _prune(self, needed: set[int]) -> None:
+        """Unload what is not needed, once nothing computes with it any more."""
+        surplus = sorted(self.engine.loaded - needed)
+        if surplus and self.runtime is not None:
+            await self.runtime.settled()
+        for layer in surplus:
+            await self._thread.run(self.engine.unload, LayerRange(layer, layer + 1))
+
+    def close(self) -> None:
+        """Stop the threads once their running calls end."""
+        self._thread.close()
+        self._loader.close()
+
+    def _options(self, model: ModelSetup) -> EngineOptions:
+        return EngineOptions(
+            device=self.setup.device, dtype=model.dtype, kv_token_layers=0,
+            max_context_tokens=model.max_context_tokens, threads=self.setup.threads,
+        )  # fmt: skip

@@ -1,0 +1,362 @@
+"""One node at work: its sequences, its queue of passes, its compute thread, and where results go.
+
+The loop takes the batch that is due, has it computed in the node's thread, posts rows to next hops and tokens to the
+coordinator. It never waits for a socket: what cannot be sent yet holds back prefill through `Post.congested`. A
+sequence that cannot go on here is reported, never silently lost; who recovers it is the coordinator.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from helixd.engine.types import SequenceSpec
+from helixd.ids import Attempt, Epoch, Incarnation, NodeId, SequenceId
+from helixd.layers import LayerRange
+from helixd.protocol.codec import unpack_ids
+from helixd.protocol.messages import (
+    Activations,
+    Close,
+    Closed,
+    Drawn,
+    Feed,
+    Message,
+    Open,
+    Part,
+    Scores,
+    StageFailed,
+    Tokens,
+)
+from helixd.worker.batcher import Batcher, BatchLimits, Pass
+from helixd.worker.compute import ComputeThread, DrawnToken, NodeCompute, ScoredPass, Step, StepOutcome
+from helixd.worker.inbox import Early, LocalSequence, SequenceBook
+
+log = logging.getLogger(__name__)
+
+SCORES_PER_MESSAGE = 128
+
+
+class Post(Protocol):
+    """How a node's results leave it. Nothing here waits."""
+
+    def to_coordinator(self, message: Message) -> None:
+        """Queue a message for the coordinator (dropped if there is none: it has forgotten our sequences)."""
+        ...
+
+    def to_node(self, node: NodeId, message: Activations, payload: memoryview) -> bool:
+        """Queue activations for another node; False if there is no link to it."""
+        ...
+
+    def congested(self, node: NodeId) -> bool:
+        """Whether prefill rows for that node should wait."""
+        ...
+
+
+class NodeRuntime:
+    """The one owner of a node's sequences. All methods run on the event loop; computing does not."""
+
+    def __init__(
+        self, node: NodeId, thread: ComputeThread, compute: NodeCompute, limits: BatchLimits, post: Post
+    ) -> None:
+        self.node = node
+        self.thread = thread
+        self.compute = compute
+        self.incarnation = Incarnation(0)
+        self.steps_done = 0
+        self._post = post
+        self._batcher = Batcher(limits)
+        self._book = SequenceBook()
+        self._live_epochs: dict[Epoch, LayerRange] = {}
+        self._opens: list[SequenceSpec] = []
+        self._closes: list[tuple[SequenceId, LocalSequence]] = []
+        self._work = asyncio.Event()
+        self._step_started_s: float | None = None
+        self._stepped = asyncio.Event()
+
+    # -- what the worker's session says ------------------------------------------------------------------------------
+
+    def serve_epoch(self, epoch: Epoch, layers: LayerRange) -> None:
+        """From now on sequences of `epoch` may run here."""
+        self._live_epochs[epoch] = layers
+
+    def retire_below(self, epoch: Epoch) -> None:
+        """Epochs below `epoch` are dead: their sequences end without an answer."""
+        self._live_epochs = {e: layers for e, layers in self._live_epochs.items() if e >= epoch}
+        for local in self._book:
+            if local.epoch < epoch:
+                self._end(local)
+
+    def forget_all(self) -> None:
+        """The coordinator is gone: free every sequence, keep the layers."""
+        self._live_epochs.clear()
+        for local in self._book:
+            self._end(local)
+
+    def on_open(self, message: Open, payload: memoryview | None) -> None:
+        """A sequence will come by."""
+        sequence, attempt, epoch = SequenceId(message.sequence), Attempt(message.attempt), Epoch(message.epoch)
+        if self._book.is_over(sequence, attempt) or self._book.get(sequence, attempt) is not None:
+            self._book.stale_frames += 1
+            return
+        held = self._live_epochs.get(epoch)
+        if held is None or not (held.start <= message.start < message.end <= held.end):
+            why = f"epoch {epoch} is not served here" if held is None else f"this node holds {held}"
+            self._fail(sequence, attempt, "stale_epoch", why)
+            return
+        local = LocalSequence(
+            handle=self._book.new_handle(),
+            sequence=sequence,
+            attempt=attempt,
+            epoch=epoch,
+            layers=LayerRange(message.start, message.end),
+            next_node=NodeId(message.next_node) if message.next_node else None,
+            prompt_tokens=message.prompt_tokens,
+            score=message.score,
+            prefix=unpack_ids(payload),
+        )
+        replaced = self._book.open(local)
+        if replaced is not None:
+            self._discard(replaced)
+        self._opens.append(
+            SequenceSpec(local.handle, local.layers, local.prompt_tokens, message.sampling, local.prefix)
+        )
+        for item in self._book.take_early(sequence, attempt):
+            self._accept(local, item)
+
+    def on_feed(self, message: Feed, payload: memoryview | None) -> None:
+        """Token ids for a sequence that enters here."""
+        ids = unpack_ids(payload)
+        if not ids:
+            self._book.stale_frames += 1
+            return
+        item = Pass(
+            SequenceId(0), message.step, message.start, len(ids), message.sample, self._now(), token_ids=ids
+        )  # fmt: skip
+        self._arrive(SequenceId(message.sequence), Attempt(message.attempt), Epoch(message.epoch), item)
+
+    def on_activations(self, message: Activations, payload: memoryview | None) -> str | None:
+        """Rows from the hop before. Returns what is wrong with the frame, None if it is sound."""
+        if message.incarnation != self.incarnation:
+            self._book.stale_frames += 1
+            return None
+        rows = sum(part.n for part in message.parts)
+        row_bytes = self.compute.row_bytes
+        if payload is None or len(payload) != rows * row_bytes:
+            have = 0 if payload is None else len(payload)
+            return f"activations of {rows} rows x {row_bytes} B came with {have} B"
+        at = 0
+        for part in message.parts:
+            piece = payload[at : at + part.n * row_bytes]
+            at += part.n * row_bytes
+            item = Pass(SequenceId(0), part.step, part.start, part.n, part.sample, self._now(), rows=piece)
+            self._arrive(SequenceId(part.sequence), Attempt(part.attempt), Epoch(message.epoch), item)
+        return None
+
+    def on_close(self, message: Close) -> None:
+        """Forget an attempt and free its KV; always answered."""
+        sequence, attempt = SequenceId(message.sequence), Attempt(message.attempt)
+        local = self._book.close(sequence, attempt)
+        if local is None:
+            self._post.to_coordinator(Closed(sequence, attempt, self.node))
+        else:
+            self._discard(local)
+
+    def on_link_lost(self, reaches: Callable[[NodeId], bool]) -> None:
+        """A peer went away: sequences whose next hop cannot be reached any more fail here."""
+        for local in self._book:
+            if local.next_node is not None and not reaches(local.next_node):
+                self._fail_local(local, "link_lost", f"no link to {local.next_node}")
+
+    async def settled(self) -> None:
+        """Wait until what was closed so far is closed in the engine too."""
+        while self._closes or self._step_started_s is not None:
+            self._stepped.clear()
+            await self._stepped.wait()
+
+    def wake(self) -> None:
+        """Something that held passes back has changed."""
+        self._work.set()
+
+    # -- what others see ---------------------------------------------------------------------------------------------
+
+    @property
+    def open_sequences(self) -> int:
+        """Attempts that are open here."""
+        return len(self._book)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Rows that wait to be computed."""
+        return self._batcher.queued_tokens
+
+    @property
+    def stale_frames(self) -> int:
+        """Frames dropped for a stale identity, since the start."""
+        return self._book.stale_frames
+
+    def oldest_work_age_s(self) -> float:
+        """How long the oldest queued or running pass has waited; 0 when idle."""
+        starts = [at for at in (self._batcher.oldest_arrival_s(), self._step_started_s) if at is not None]
+        return self._now() - min(starts) if starts else 0.0
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Compute what comes until cancelled."""
+        while True:
+            step, closed = self._next_step()
+            if step is None:
+                self._work.clear()
+                await self._work.wait()
+                continue
+            self._step_started_s = self._now()
+            outcome = await self.thread.run(self.compute.run, step)
+            self._step_started_s = None
+            self.steps_done += 1
+            self._stepped.set()
+            for local in closed:
+                self._post.to_coordinator(Closed(local.sequence, local.attempt, self.node))
+            self._deliver(outcome)
+            self._book.expire_early(self._now())
+
+    def _next_step(self) -> tuple[Step | None, list[LocalSequence]]:
+        closing, opens = self._closes, tuple(self._opens)
+        batch = self._batcher.next_batch(self._held_back)
+        if not (closing or opens or batch):
+            return None, []
+        self._closes, self._opens = [], []
+        locals_ = [self._book.by_handle(item.handle) for item in batch]
+        passes = tuple(
+            ScoredPass(item, _score_ids(local, item)) for item, local in zip(batch, locals_, strict=True)
+        )  # fmt: skip
+        groups = tuple((local and local.next_node) or "" for local in locals_)
+        step = Step(tuple(handle for handle, _ in closing), opens, passes, groups)
+        return step, [local for _, local in closing]
+
+    def _held_back(self, handle: SequenceId) -> bool:
+        local = self._book.by_handle(handle)
+        return local is not None and local.next_node is not None and self._post.congested(local.next_node)
+
+    def _deliver(self, outcome: StepOutcome) -> None:
+        for group, (items, rows) in outcome.rows.items():
+            self._send_rows(NodeId(group), items, rows)
+        for item, scores in outcome.scored:
+            self._send_scores(item, scores)
+        self._send_tokens(outcome.drawn)
+        for item in outcome.out_of_kv:
+            used, room = self.compute.engine.kv_used_token_layers, self.compute.engine.kv_capacity_token_layers
+            self._fail_pass(item, "kv_full", f"KV pool full: {used} of {room} token-layers in use")
+        for item in outcome.failed:
+            self._fail_pass(item, "compute", outcome.error)
+        if outcome.failed:
+            log.error("compute failed: %s", outcome.error, extra={"node": self.node, "sequences": len(outcome.failed)})
+
+    def _send_rows(self, node: NodeId, items: list[Pass], rows: memoryview) -> None:
+        by_epoch: dict[Epoch, list[tuple[Part, memoryview]]] = {}
+        at, row_bytes = 0, self.compute.row_bytes
+        for item in items:
+            piece = rows[at : at + item.n * row_bytes]
+            at += item.n * row_bytes
+            local = self._book.by_handle(item.handle)
+            if local is not None:
+                part = Part(local.sequence, local.attempt, item.step, item.start, item.n, item.sample)
+                by_epoch.setdefault(local.epoch, []).append((part, piece))
+        for epoch, parts in by_epoch.items():
+            whole = len(by_epoch) == 1 and len(parts) == len(items)
+            payload = rows if whole else memoryview(bytearray().join(piece for _, piece in parts))
+            message = Activations(self.incarnation, epoch, node, [part for part, _ in parts])
+            if not self._post.to_node(node, message, payload):
+                for item in items:
+                    self._fail_pass(item, "link_lost", f"no link to {node}")
+
+    def _send_tokens(self, drawn: list[DrawnToken]) -> None:
+        tokens: list[Drawn] = []
+        for each in drawn:
+            local = self._book.by_handle(each.item.handle)
+            if local is None:
+                continue
+            lp = each.logprobs
+            tokens.append(
+                Drawn(
+                    local.sequence,
+                    local.attempt,
+                    each.item.step,
+                    each.token,
+                    None if lp is None else lp.logprob,
+                    [] if lp is None else list(lp.top),
+                )
+            )
+        if tokens:
+            self._post.to_coordinator(Tokens(self.node, tokens))
+
+    def _send_scores(self, item: Pass, scores: tuple[object, ...]) -> None:
+        local = self._book.by_handle(item.handle)
+        if local is None:
+            return
+        flat = [(s.logprob, list(s.top)) for s in scores if s is not None]  # type: ignore[attr-defined]
+        for at in range(0, len(flat), SCORES_PER_MESSAGE):
+            start = item.start + 1 + at
+            self._post.to_coordinator(
+                Scores(local.sequence, local.attempt, start, flat[at : at + SCORES_PER_MESSAGE])
+            )  # fmt: skip
+
+    # -- arrivals and endings ----------------------------------------------------------------------------------------
+
+    def _arrive(self, sequence: SequenceId, attempt: Attempt, epoch: Epoch, item: Pass) -> None:
+        if self._book.is_over(sequence, attempt):
+            self._book.stale_frames += 1
+            return
+        local = self._book.get(sequence, attempt)
+        if local is not None:
+            self._accept(local, item)
+        elif epoch in self._live_epochs:
+            self._book.hold_early(sequence, Early(attempt, item))
+        else:
+            self._book.stale_frames += 1
+
+    def _accept(self, local: LocalSequence, item: Pass) -> None:
+        if (item.token_ids is not None) != (local.layers.start == 0):
+            self._book.stale_frames += 1
+            return
+        for ready in self._book.in_order(local, item):
+            self._batcher.add(_with_handle(ready, local.handle))
+        self._work.set()
+
+    def _discard(self, local: LocalSequence) -> None:
+        self._batcher.drop(local.handle)
+        self._closes.append((local.handle, local))
+        self._work.set()
+
+    def _end(self, local: LocalSequence) -> None:
+        self._book.close(local.sequence, local.attempt)
+        self._discard(local)
+
+    def _fail_pass(self, item: Pass, code: str, message: str) -> None:
+        local = self._book.by_handle(item.handle)
+        if local is not None:
+            self._fail_local(local, code, message)
+
+    def _fail_local(self, local: LocalSequence, code: str, message: str) -> None:
+        self._end(local)
+        self._fail(local.sequence, local.attempt, code, message)
+
+    def _fail(self, sequence: SequenceId, attempt: Attempt, code: str, message: str) -> None:
+        self._post.to_coordinator(StageFailed(sequence, attempt, self.node, code, message[:1000]))
+
+    def _now(self) -> float:
+        return time.monotonic()
+
+
+def _with_handle(item: Pass, handle: SequenceId) -> Pass:
+    return Pass(handle, item.step, item.start, item.n, item.sample, item.arrived_s, item.token_ids, item.rows)
+
+
+def _score_ids(local: LocalSequence | None, item: Pass) -> tuple[int | None, ...] | None:
+    """The prompt ids that follow each row, where the prompt's log probabilities are wanted."""
+    if local is None or not local.score or local.next_node is not None:
+        return None
+    last = local.prompt_tokens
+    return tuple(
+        local.prefix[at + 1] if at + 1 < last else None for at in range(item.start, item.start + item.n)
+    )  # fmt: skip

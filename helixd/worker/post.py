@@ -1,0 +1,79 @@
+"""Where a worker's messages leave it: one outbox per peer, a direct hand-over between nodes of the same daemon.
+
+Knows which peer hosts which node (epochs tell it) and which link leads there; knows nothing of what it carries.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from helixd.ids import NodeId, PeerId
+from helixd.protocol.codec import to_frame
+from helixd.protocol.messages import Activations, Message
+from helixd.wire.link import Link
+from helixd.wire.outbox import Outbox
+
+LocalDelivery = Callable[[NodeId, Activations, memoryview], None]
+
+
+class PostOffice:
+    """The outboxes of one worker. Its tasks live in the TaskGroup it is given."""
+
+    def __init__(
+        self, me: PeerId, tasks: asyncio.TaskGroup, deliver_here: LocalDelivery, wake: Callable[[], None]
+    ) -> None:
+        self._me = me
+        self._tasks = tasks
+        self._deliver_here = deliver_here
+        self._wake = wake
+        self._boxes: dict[PeerId, Outbox] = {}
+        self._hosts: dict[NodeId, PeerId] = {}
+        self._coordinator: PeerId | None = None
+
+    def set_coordinator(self, peer: PeerId | None) -> None:
+        """Whom `to_coordinator` reaches from now on."""
+        self._coordinator = peer
+
+    def learn_hosts(self, hosts: Iterable[tuple[NodeId, PeerId]]) -> None:
+        """Which peer hosts which node; a node never moves within its life, later words win."""
+        self._hosts.update(hosts)
+
+    def add_link(self, link: Link) -> None:
+        """Start sending over a new link; it takes the place of an older one to the same peer."""
+        box = Outbox(link, self._wake)
+        self._boxes[link.peer] = box
+        self._tasks.create_task(box.run(), name=f"send to {link.peer}")
+
+    def drop_link(self, link: Link) -> None:
+        """The link closed."""
+        box = self._boxes.get(link.peer)
+        if box is not None and box.link is link:
+            del self._boxes[link.peer]
+
+    def reaches(self, node: NodeId) -> bool:
+        """Whether rows for `node` could be sent now."""
+        peer = self._hosts.get(node)
+        return peer == self._me or peer in self._boxes
+
+    def to_coordinator(self, message: Message) -> None:
+        """Queue a message for the coordinator; dropped when there is none."""
+        box = self._boxes.get(self._coordinator) if self._coordinator is not None else None
+        if box is not None:
+            box.post(to_frame(message))
+
+    def to_node(self, node: NodeId, message: Activations, payload: memoryview) -> bool:
+        """Queue activations for another node; False if there is no link to its peer."""
+        peer = self._hosts.get(node)
+        if peer == self._me:
+            self._deliver_here(node, message, payload)
+            return True
+        box = self._boxes.get(peer) if peer is not None else None
+        if box is None:
+            return False
+        box.post(to_frame(message, payload))
+        return True
+
+    def congested(self, node: NodeId) -> bool:
+        """Whether prefill rows for that node should wait."""
+        peer = self._hosts.get(node)
+        box = self._boxes.get(peer) if peer is not None else None
+        return box is not None and box.congested

@@ -1,0 +1,239 @@
+"""A worker's time with one coordinator, from `Hello` to the loss of the link: what each message makes it do.
+
+Prepares and measures the devices, probes links, follows epochs, hands sequence messages to the nodes. Ends by raising
+PeerLost; what the nodes hold (weights, measurements) outlives the session, sequences do not.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from helixd.errors import HelixError, PeerLost
+from helixd.ids import Epoch, NodeId, PeerId
+from helixd.layers import LayerRange
+from helixd.model.config import parse_config
+from helixd.model.decoder import parse_dtype
+from helixd.model.files import parse_json_object
+from helixd.protocol import messages as m
+from helixd.wire.link import Frame, Link
+from helixd.wire.peers import PeerNetwork
+from helixd.worker.batcher import BatchLimits
+from helixd.worker.fetch import TensorFetcher
+from helixd.worker.host import ModelSetup, NodeHost
+from helixd.worker.node import NodeRuntime
+from helixd.worker.post import PostOffice
+from helixd.worker.weights import FetchedStore, WeightStore
+
+log = logging.getLogger(__name__)
+
+
+class SessionOptions(Protocol):
+    """What a session needs to know of the worker's settings."""
+
+    @property
+    def dial_timeout_s(self) -> float:
+        """Patience with a peer that is dialled."""
+        ...
+
+    @property
+    def fetch_timeout_s(self) -> float:
+        """Patience with the coordinator for one piece of a tensor."""
+        ...
+
+    @property
+    def probe_timeout_s(self) -> float:
+        """Patience with one probe of a link."""
+        ...
+
+    @property
+    def state_dir(self) -> Path | None:
+        """Where measurements are remembered."""
+        ...
+
+    @property
+    def cache_dir(self) -> Path | None:
+        """Where fetched weights are kept."""
+        ...
+
+
+class Session:
+    """One coordinator link's worth of work. `tasks` end with it; what runs in `lasting` outlives it."""
+
+    def __init__(
+        self,
+        link: Link,
+        network: PeerNetwork,
+        hosts: Mapping[NodeId, NodeHost],
+        post: PostOffice,
+        tasks: asyncio.TaskGroup,
+        lasting: asyncio.TaskGroup,
+        options: SessionOptions,
+        local_store: WeightStore | None,
+    ) -> None:
+        self.link = link
+        self.left = asyncio.Event()
+        self._network = network
+        self._hosts = hosts
+        self._post = post
+        self._tasks = tasks
+        self._lasting = lasting
+        self._options = options
+        self._local_store = local_store
+        self._store: WeightStore | None = None
+        self._fetcher = TensorFetcher(link, options.fetch_timeout_s)
+        self._neighbours: set[PeerId] = set()
+        self._live_from = Epoch(0)
+        self._one_probe = asyncio.Lock()
+
+    async def welcome(self, message: m.Welcome, config_json: memoryview | None) -> None:
+        """Get ready for the coordinator's model and tell what the devices do. Raises ModelError."""
+        raw = parse_json_object(bytes(config_json or b""), "the coordinator's config.json")
+        config = parse_config(raw)
+        limits = BatchLimits(message.max_batch_sequences, message.max_batch_tokens, message.prefill_chunk_tokens)
+        dtype = parse_dtype(message.dtype)
+        model = ModelSetup(message.model_name, message.fingerprint, config, dtype, message.max_context_tokens, limits)
+        cache = self._options.cache_dir
+        self._store = self._local_store or FetchedStore(
+            config, self._fetcher.fetch, None if cache is None else cache / message.fingerprint
+        )
+        measured = None if self._options.state_dir is None else self._options.state_dir / "layer-times.json"
+        for host in self._hosts.values():
+            await host.prepare(model, self._post, self._lasting)
+            assert host.runtime is not None
+            host.runtime.incarnation = self.link.incarnation
+            times = await host.measure(measured)
+            self._post.to_coordinator(
+                m.Measured(
+                    host.setup.node, list(times.prompt_layer_time_s), list(times.decode_layer_time_s)
+                )
+            )  # fmt: skip
+
+    async def on_message(self, message: m.Message, frame: Frame) -> None:
+        """A message from the coordinator, after the welcome."""
+        match message:
+            case m.Feed():
+                if (node := self._runtime_of(message.node)) is not None:
+                    node.on_feed(message, frame.payload)
+            case m.Open():
+                if (node := self._runtime_of(message.node)) is not None:
+                    node.on_open(message, frame.payload)
+            case m.Close():
+                if (node := self._runtime_of(message.node)) is not None:
+                    node.on_close(message)
+            case m.EpochPush():
+                self._spawn(self._follow(message), f"epoch {message.epoch}")
+            case m.EpochRetire():
+                self._spawn(self._retire(Epoch(message.epoch)), f"retire below {message.epoch}")
+            case m.Probe():
+                self._spawn(self._probe(message), f"probe {message.peer}")
+            case m.Fetched():
+                self._fetcher.on_fetched(message, frame.payload)
+            case m.Left():
+                self.left.set()
+            case _:
+                log.warning("unexpected %s from the coordinator", type(message).__name__)
+
+    def on_activations(self, link: Link, message: m.Activations, payload: memoryview | None) -> str | None:
+        """Rows from another worker. Returns what is wrong with the frame or its sender, None if it is sound."""
+        if link.peer not in self._neighbours:
+            return f"{link.peer} is no neighbour in any live epoch"
+        node = self._runtime_of(message.node)
+        return None if node is None else node.on_activations(message, payload)
+
+    def on_link_lost(self, link: Link, reason: str) -> None:
+        """A data link closed: tell the coordinator, fail what was to go over it."""
+        if link.peer in self._neighbours:
+            self._post.to_coordinator(m.LinkLost(link.peer, reason[:1000]))
+        self._each_runtime(lambda node: node.on_link_lost(self._post.reaches))
+
+    def end(self) -> None:
+        """The coordinator is lost: free all sequences."""
+        for host in self._hosts.values():
+            host.forget_epochs()
+
+    async def _follow(self, push: m.EpochPush) -> None:
+        epoch = Epoch(push.epoch)
+        self._post.learn_hosts((NodeId(a.node), PeerId(a.peer)) for a in push.assignments)
+        self._neighbours.update(PeerId(address.peer) for address in push.peers)
+        for address in push.peers:
+            if address.dial and PeerId(address.peer) not in self._network.links:
+                self._spawn(self._dial(address), f"dial {address.peer}")
+        for assignment in push.assignments:
+            host = self._hosts.get(NodeId(assignment.node))
+            if host is not None:
+                self._spawn(self._load(epoch, assignment, host), f"load {assignment.node} for epoch {epoch}")
+
+    async def _load(self, epoch: Epoch, assignment: m.Assignment, host: NodeHost) -> None:
+        layers = LayerRange(assignment.start, assignment.end)
+
+        def report(state: str, done: int, message: str = "") -> None:
+            self._post.to_coordinator(
+                m.EpochState(epoch, assignment.node, state, done, len(layers), message[:1000])
+            )  # fmt: skip
+
+        loop = asyncio.get_running_loop()
+
+        def progress(done: int, total: int) -> None:
+            loop.call_soon_threadsafe(report, "loading", done)
+
+        assert self._store is not None
+        report("loading", 0)
+        try:
+            source = await self._store.ensure(
+                layers, lambda done, total: report("loading", 0, f"fetching {done}/{total}")
+            )
+            await host.load(epoch, layers, assignment.kv_token_layers, source, progress)
+        except HelixError as error:
+            log.error("epoch %d: %s", epoch, error)
+            report("failed", 0, str(error))
+            return
+        report("ready", len(layers))
+
+    async def _retire(self, epoch: Epoch) -> None:
+        self._live_from = max(self._live_from, epoch)
+        for host in self._hosts.values():
+            await host.retire_below(epoch)
+
+    async def _dial(self, address: m.PeerAddress) -> None:
+        try:
+            await self._network.dial(
+                address.host, address.port, self._options.dial_timeout_s, PeerId(address.peer)
+            )  # fmt: skip
+        except HelixError as error:
+            self._post.to_coordinator(m.LinkLost(address.peer, str(error)[:1000]))
+
+    async def _probe(self, request: m.Probe) -> None:
+        peer = PeerId(request.peer)
+        async with self._one_probe:
+            try:
+                link = self._network.links.get(peer)
+                dialled = link is None
+                if link is None:
+                    link = await self._network.dial(request.host, request.port, self._options.dial_timeout_s, peer)
+                found = await link.probe(request.max_bytes, self._options.probe_timeout_s)
+                if dialled and peer not in self._neighbours:
+                    await link.close("probed; no epoch needs this link yet")
+            except HelixError as error:
+                self._post.to_coordinator(m.Probed(peer, 0.0, 0.0, str(error)[:1000] or "failed"))
+                return
+        self._post.to_coordinator(m.Probed(peer, found.rtt_s, found.bandwidth_bytes_per_s, ""))
+
+    def _runtime_of(self, name: str) -> NodeRuntime | None:
+        host = self._hosts.get(NodeId(name))
+        return None if host is None else host.runtime
+
+    def _each_runtime(self, act: Callable[[NodeRuntime], None]) -> None:
+        for host in self._hosts.values():
+            if host.runtime is not None:
+                act(host.runtime)
+
+    def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
+        self._tasks.create_task(self._unless_lost(work), name=name)
+
+    async def _unless_lost(self, work: Coroutine[None, None, None]) -> None:
+        try:
+            await work
+        except PeerLost as error:
+            log.warning("%s", error)
