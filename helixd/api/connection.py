@@ -8,6 +8,7 @@ may quote header bytes and with them a key, are replaced by ones that do not.
 import asyncio
 import logging
 from http import HTTPStatus
+from typing import cast
 
 import msgspec
 from aiohttp import web
@@ -45,8 +46,8 @@ class Connection(web.RequestHandler):
         """Take the connection, or turn it away when there are too many."""
         super().connection_made(transport)
         if len(self._server.connections) > self._options.connections:
-            if isinstance(transport, asyncio.Transport):
-                transport.write(_turned_away())
+            # uvloop's transports are no subclasses of asyncio's, which a check would want.
+            cast(asyncio.Transport, transport).write(_turned_away())
             self.force_close()
             return
         self._header_timer = self._loop.call_later(self._options.headers_timeout_s, self._close_without_request)

@@ -94,6 +94,7 @@ class WebSocketLink:
         self._bulk_gate = CreditGate(grant.bulk_window_bytes)
         self._bulk_return = CreditReturn(options.bulk_window_bytes)
         self._small_queue: deque[tuple[Frame, int]] = deque()
+        self._farewell: str | None = None
         self._small_wake = asyncio.Event()
         chunk_bytes = min(options.chunk_bytes, grant.chunk_bytes)
         self._bulk_sender = BulkSender(bulk, bulk_transport, self._bulk_gate, chunk_bytes)
@@ -253,6 +254,8 @@ class WebSocketLink:
             message = await self._control.receive()
             if message.type is not WSMsgType.BINARY:
                 self._other_message(message)
+                if self._farewell is not None:
+                    return
                 continue
             data = message.data
             self._silence.heard()
@@ -275,6 +278,9 @@ class WebSocketLink:
                 if self._closed is not None:
                     return
                 self._return_credits(self._small_return.handled(charge), 0)
+            if self._farewell is not None:
+                self.fail(self._farewell, told="")
+                return
             self._small_wake.clear()
             await self._small_wake.wait()
 
@@ -288,6 +294,8 @@ class WebSocketLink:
                     # The control socket usually brings the reason at the same time.
                     await asyncio.sleep(_REASON_GRACE_S)
                 self._other_message(message)
+                if self._farewell is not None:
+                    return
                 continue
             data = message.data
             self._silence.heard()
@@ -323,7 +331,9 @@ class WebSocketLink:
 
     def _other_message(self, message: WSMessage) -> None:
         if message.type is WSMsgType.CLOSE:
-            self.fail(f"the peer closed the link: {message.extra or message.data}", told="")
+            # What the peer sent before it closed is still handled; if that takes long, the silence ends the link.
+            self._farewell = self._farewell or f"the peer closed the link: {message.extra or message.data}"
+            self._small_wake.set()
         elif message.type is WSMsgType.ERROR:
             self.fail(f"connection lost: {message.data}")
         elif message.type in (WSMsgType.CLOSED, WSMsgType.CLOSING):

@@ -74,14 +74,16 @@ class DrawnToken:
 
 @dataclass(slots=True)
 class StepOutcome:
-    """What came of a step. `rows[group]`: the passes that go to a next hop, and their rows as one buffer."""
+    """What came of a step. `rows`: next hop, the passes that go there, and their rows as one buffer.
 
-    rows: dict[str, tuple[list[Pass], memoryview]] = field(default_factory=dict)
+    `failed`: passes that could not be computed, each with the reason.
+    """
+
+    rows: list[tuple[str, list[Pass], memoryview]] = field(default_factory=list)
     drawn: list[DrawnToken] = field(default_factory=list)
     scored: list[tuple[Pass, tuple[TokenLogprobs | None, ...]]] = field(default_factory=list)
     out_of_kv: list[Pass] = field(default_factory=list)
-    failed: list[Pass] = field(default_factory=list)
-    error: str = ""
+    failed: list[tuple[Pass, str]] = field(default_factory=list)
 
 
 class NodeCompute:
@@ -94,37 +96,59 @@ class NodeCompute:
         self.row_bytes = hidden_size * self._dtype.itemsize
 
     def run(self, step: Step) -> StepOutcome:
-        """Do the step. A pass that finds no KV room is set aside and the rest goes on."""
+        """Do the step. A pass that finds no KV room, or that makes no sense, is set aside; the rest goes on."""
         outcome = StepOutcome()
         for handle in step.closes:
             self.engine.close(handle)
+        refused: dict[SequenceId, str] = {}
         for spec in step.opens:
-            self.engine.open(spec)
-        passes, groups = list(step.passes), dict(zip((p.item.handle for p in step.passes), step.groups, strict=True))
-        results: list[StageResult] = []
+            try:
+                self.engine.open(spec)
+            except ValueError as error:
+                refused[spec.id] = str(error)
+        passes: list[ScoredPass] = []
+        for scored in step.passes:
+            if scored.item.handle in refused:
+                outcome.failed.append((scored.item, refused[scored.item.handle]))
+            else:
+                passes.append(scored)
+        groups = dict(zip((p.item.handle for p in step.passes), step.groups, strict=True))
+        self._forward(passes, groups, outcome)
+        return outcome
+
+    def _forward(self, passes: list[ScoredPass], groups: dict[SequenceId, str], outcome: StepOutcome) -> None:
         while passes:
             try:
-                results = self.engine.forward([self._work(scored) for scored in passes])
-                break
+                results = self.engine.forward([self._work(scored, groups) for scored in passes])
             except OutOfKv as error:
                 victim = _victim(error, passes)
                 outcome.out_of_kv.append(victim.item)
                 passes.remove(victim)
+                continue
+            except ValueError as error:
+                # Nothing has been computed: whoever sent nonsense is found by running each alone.
+                if len(passes) == 1:
+                    outcome.failed.append((passes[0].item, str(error)))
+                else:
+                    for scored in passes:
+                        self._forward([scored], groups, outcome)
+                return
             except RuntimeError as error:
                 # torch reports device trouble (out of memory, a lost device) as RuntimeError: these sequences can go
                 # on elsewhere, and the next step tells whether the device still works.
-                outcome.failed = [scored.item for scored in passes]
-                outcome.error = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
-                return outcome
-        self._pack(passes, results, groups, outcome)
-        return outcome
+                why = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+                outcome.failed.extend((scored.item, why) for scored in passes)
+                return
+            self._pack(passes, results, groups, outcome)
+            return
 
-    def _work(self, scored: ScoredPass) -> StageWork:
+    def _work(self, scored: ScoredPass, groups: dict[SequenceId, str]) -> StageWork:
         item = scored.item
         hidden = None
         if item.rows is not None:
             hidden = torch.frombuffer(item.rows, dtype=self._dtype).view(item.n, self._hidden_size)
-        return StageWork(item.handle, item.start, item.token_ids, hidden, item.sample, scored.score)
+        last = not groups[item.handle]
+        return StageWork(item.handle, item.start, item.token_ids, hidden, item.sample and last, scored.score)
 
     def _pack(
         self, passes: list[ScoredPass], results: Sequence[StageResult], groups: dict[SequenceId, str], into: StepOutcome
@@ -142,7 +166,7 @@ class NodeCompute:
                 into.scored.append((item, result.scores))
         for group, (items, tensors) in onward.items():
             stacked = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-            into.rows[group] = (items, _bytes_of(stacked))
+            into.rows.append((group, items, _bytes_of(stacked)))
 
 
 def _bytes_of(rows: torch.Tensor) -> memoryview:

@@ -239,7 +239,7 @@ class NodeRuntime:
         return local is not None and local.next_node is not None and self._post.congested(local.next_node)
 
     def _deliver(self, outcome: StepOutcome) -> None:
-        for group, (items, rows) in outcome.rows.items():
+        for group, items, rows in outcome.rows:
             self._send_rows(NodeId(group), items, rows)
         for item, scores in outcome.scored:
             self._send_scores(item, scores)
@@ -247,10 +247,9 @@ class NodeRuntime:
         for item in outcome.out_of_kv:
             used, room = self.compute.engine.kv_used_token_layers, self.compute.engine.kv_capacity_token_layers
             self._fail_pass(item, "kv_full", f"KV pool full: {used} of {room} token-layers in use")
-        for item in outcome.failed:
-            self._fail_pass(item, "compute", outcome.error)
-        if outcome.failed:
-            log.error("compute failed: %s", outcome.error, extra={"node": self.node, "sequences": len(outcome.failed)})
+        for item, why in outcome.failed:
+            log.error("node %s could not compute a pass of %d rows at %d: %s", self.node, item.n, item.start, why)
+            self._fail_pass(item, "compute", why)
 
     def _send_rows(self, node: NodeId, items: list[Pass], rows: memoryview) -> None:
         by_epoch: dict[Epoch, list[tuple[Part, memoryview]]] = {}
