@@ -139,7 +139,7 @@ class Daemon:
             lambda link: parts[0].on_link(link), lambda link, reason: parts[0].on_lost(link, reason),
         )  # fmt: skip
         coordinator = Coordinator(
-            endpoint, _served_model(config, checkpoint), _coordinator_options(config), state.epoch,
+            tasks, endpoint, _served_model(config, checkpoint), _coordinator_options(config), state.epoch,
             state.remember_epoch,
         )  # fmt: skip
         parts.append(coordinator)
@@ -152,7 +152,7 @@ class Daemon:
             self.api = await stack.enter_async_context(serve(app, config.api.listen.host, config.api.listen.port))
         except OSError as error:
             raise ConfigError(f"api.listen = {config.api.listen}: {error.strerror or error}") from error
-        tasks.create_task(coordinator.run(), name="coordinator")
+        coordinator.start()
         logs.event(
             log, logging.INFO, "serving", model=coordinator.model_name, api=self.api.url,
             peers="{}:{}".format(*self.peer_address), peer=state.peer, epoch=state.epoch,

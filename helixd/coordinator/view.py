@@ -79,8 +79,8 @@ def cluster_view(c: Coordinator) -> Mapping[str, object]:
         "requests": {
             "running": c.admission.running,
             "waiting": c.admission.waiting,
-            "failovers": c.failovers,
-            "preemptions": c.preemptions,
+            "failovers": c.desk.failovers,
+            "preemptions": c.desk.preemptions,
         },
     }
 

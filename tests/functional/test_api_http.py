@@ -168,6 +168,20 @@ async def test_one_connection_too_many_is_turned_away(session: aiohttp.ClientSes
             assert response.status == 200
 
 
+def test_the_daemons_own_event_loop_serves_as_well() -> None:
+    uvloop = pytest.importorskip("uvloop")
+
+    async def scenario() -> None:
+        async with api_world(options=ApiOptions(connections=1)) as world, aiohttp.ClientSession() as session:
+            async with session.post(world.url + CHAT, json={**HI, "stream": True}) as response:
+                assert (await response.read()).endswith(b"data: [DONE]\n\n")
+            assert (await raw_exchange(world, b"")).startswith(b"HTTP/1.1 503 ")
+        async with api_world() as world:
+            assert (await raw_exchange(world, b"garbage\r\n\r\n")).startswith(b"HTTP/1.0 400 ")
+
+    uvloop.run(scenario())
+
+
 KEYED = ApiOptions(key_digests=frozenset({digest_of("sesame")}))
 
 

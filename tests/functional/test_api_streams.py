@@ -1,6 +1,7 @@
 """How streams end badly: errors after the headers, clients that leave, clients that do not read; and silence."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -170,13 +171,13 @@ async def test_a_reader_that_does_not_read_is_cut_off_and_others_go_on() -> None
             await service.generations[0].cancelled.wait()
         assert await metric(world, "helixd_slow_client_aborts_total 1.0")
 
-        async def read_on() -> None:
-            async with asyncio.timeout(10):
-                while await reader.readexactly(65536):
-                    pass
-
-        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
-            await read_on()
+        # What was on its way may still come; the end of the body does not.
+        rest = b""
+        async with asyncio.timeout(10):
+            with contextlib.suppress(ConnectionError):
+                while data := await reader.read(65536):
+                    rest = data
+        assert not rest.endswith(b"0\r\n\r\n")
         writer.close()
 
 
