@@ -1,0 +1,208 @@
+"""The desk where workers are served: what each of their messages makes the coordinator do.
+
+Checks who joins, keeps the fleet's facts, and passes tokens, failures and confirmations on to the sequences, the epochs
+and the prober. Decides nothing about plans or routes itself.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from helixd.coordinator.admission import Admission
+from helixd.coordinator.epochs import Epochs
+from helixd.coordinator.fleet import Fleet, Peer
+from helixd.coordinator.probing import Prober
+from helixd.coordinator.replanning import Replanner
+from helixd.coordinator.sequence import Broken, Lease, ScoresArrived, TokenArrived
+from helixd.coordinator.weights import WeightServer
+from helixd.ids import Attempt, NodeId, PeerId, SequenceId
+from helixd.protocol import messages as m
+from helixd.protocol.codec import ProtocolError, from_frame, to_frame
+from helixd.sampling import TokenLogprobs
+from helixd.wire.link import Frame, Link
+from helixd.wire.outbox import Outbox
+
+log = logging.getLogger(__name__)
+
+Greeting = Callable[[], tuple[m.Welcome, memoryview]]
+
+
+class WorkerDesk:
+    """Serves the workers' links. Its tasks live in the TaskGroup it is given."""
+
+    def __init__(
+        self, fleet: Fleet, admission: Admission, epochs: Epochs, replanner: Replanner, prober: Prober,
+        weights: WeightServer, greeting: Greeting, tasks: asyncio.TaskGroup,
+    ) -> None:  # fmt: skip
+        self.failovers = 0
+        self.preemptions = 0
+        self._fleet = fleet
+        self._admission = admission
+        self._epochs = epochs
+        self._replanner = replanner
+        self._prober = prober
+        self._weights = weights
+        self._greeting = greeting
+        self._tasks = tasks
+
+    def on_link(self, link: Link) -> Callable[[Link, Frame], Awaitable[None]]:
+        """A worker connected; it is nobody until its hello."""
+        return self._on_frame
+
+    def on_lost(self, link: Link, reason: str) -> None:
+        """A worker's link closed: what it held is gone, its sequences move."""
+        peer = self._fleet.remove(link.peer, link)
+        if peer is None:
+            return
+        log.warning("worker %s lost: %s", peer.id, reason)
+        self._prober.on_peer_lost(peer.id)
+        gone = frozenset(peer.nodes)
+        for node in gone:
+            self._epochs.on_node_lost(node)
+        self.failovers += self._admission.break_where(
+            lambda lease: not gone.isdisjoint(lease.route.nodes), "peer_lost", f"worker {peer.id} was lost"
+        )
+        for node in gone:
+            self._admission.node_gone(node)
+        self._replanner.something_changed()
+
+    def release_drained_peers(self) -> None:
+        """Let draining workers go that nothing runs on any more."""
+        for peer in self._fleet.peers.values():
+            used = any(not set(peer.nodes).isdisjoint(lease.route.nodes) for lease in self._admission.leases())
+            if peer.draining and not used:
+                peer.outbox.post(to_frame(m.Left()))
+
+    async def _on_frame(self, link: Link, frame: Frame) -> None:
+        message = from_frame(frame)
+        if isinstance(message, m.Hello):
+            self._on_hello(link, message)
+            return
+        peer = self._fleet.peers.get(link.peer)
+        if peer is None or peer.link is not link:
+            raise ProtocolError(f"{link.peer} sent {type(message).__name__} before a welcome")
+        match message:
+            case m.Tokens():
+                for drawn in message.drawn:
+                    self._on_drawn(drawn)
+            case m.Scores():
+                scores = tuple(TokenLogprobs(lp, tuple(top)) for lp, top in message.scores)
+                if (run := self._admission.holder(SequenceId(message.sequence))) is not None:
+                    run.deliver(ScoresArrived(Attempt(message.attempt), message.start, scores))
+            case m.StageFailed():
+                self._on_stage_failed(message)
+            case m.Closed():
+                node = NodeId(message.node)
+                self._admission.freed(node, SequenceId(message.sequence), Attempt(message.attempt))
+            case m.NodeStatus():
+                self._on_status(message)
+            case m.EpochState():
+                self._epochs.on_state(message)
+                self._admission.something_changed()
+            case m.Measured():
+                self._on_measured(peer, message)
+            case m.Probed():
+                self._prober.on_probed(peer.id, message)
+            case m.LinkLost():
+                self._on_link_lost(peer, message)
+            case m.Fetch():
+                await self._weights.answer(peer, message)
+            case m.Leave():
+                self._on_leave(peer, message)
+            case _:
+                raise ProtocolError(f"a worker must not send {type(message).__name__}")
+
+    def _on_hello(self, link: Link, hello: m.Hello) -> None:
+        outbox = Outbox(link, lambda: None)
+        self._tasks.create_task(outbox.run(), name=f"send to {link.peer}")
+        wrong = self._why_not(hello)
+        old = self._fleet.peers.get(link.peer)
+        if wrong is None and old is not None and old.link is not link:
+            self.on_lost(old.link, "a newer life of this worker joined")
+        if wrong is None:
+            host = hello.advertise or link.remote_host
+            peer = Peer(link.peer, link.incarnation, link, outbox, host, hello.port, hello)
+            taken = self._fleet.add(peer)
+            if taken:
+                wrong = m.Refused("node_id", f"node ids already taken by another worker: {', '.join(taken)}", True)
+        if wrong is not None:
+            log.warning("worker %s refused (%s): %s", link.peer, wrong.code, wrong.message)
+            outbox.post(to_frame(wrong))
+            return
+        log.info("worker %s joined with %s", link.peer, ", ".join(n.node for n in hello.nodes) or "no nodes")
+        welcome, config_json = self._greeting()
+        outbox.post(to_frame(welcome, config_json))
+
+    def _why_not(self, hello: m.Hello) -> m.Refused | None:
+        welcome, _ = self._greeting()
+        if hello.protocol != m.PROTOCOL_VERSION:
+            return m.Refused(
+                "version",
+                f"protocol version {hello.protocol} ({hello.software}) does not fit {m.PROTOCOL_VERSION} here", True,
+            )  # fmt: skip
+        if hello.fingerprint and hello.fingerprint != welcome.fingerprint:
+            return m.Refused(
+                "fingerprint",
+                f"its copy of the model has fingerprint {hello.fingerprint}, the coordinator serves "
+                f"{welcome.model_name} with {welcome.fingerprint}; use the same files, or none (they are fetched)",
+                True,
+            )  # fmt: skip
+        return None
+
+    def _on_measured(self, peer: Peer, message: m.Measured) -> None:
+        node = self._fleet.nodes.get(NodeId(message.node))
+        if node is None or node.peer != peer.id:
+            raise ProtocolError(f"{peer.id} measured node {message.node}, which is not its own")
+        node.measured = message
+        if all(self._fleet.nodes[n].measured is not None for n in peer.nodes):
+            self._epochs.welcome_back(peer.nodes)
+            self._prober.pump()
+            self._replanner.something_changed()
+
+    def _on_status(self, status: m.NodeStatus) -> None:
+        node = self._fleet.nodes.get(NodeId(status.node))
+        if node is not None:
+            node.status = status
+            if status.kv_capacity_token_layers:
+                self._admission.ledger.set_capacity(node.id, status.kv_capacity_token_layers)
+
+    def _on_drawn(self, drawn: m.Drawn) -> None:
+        run = self._admission.holder(SequenceId(drawn.sequence))
+        if run is not None:
+            logprobs = None if drawn.logprob is None else TokenLogprobs(drawn.logprob, tuple(drawn.top))
+            run.deliver(TokenArrived(Attempt(drawn.attempt), drawn.step, drawn.token, logprobs))
+
+    def _on_stage_failed(self, message: m.StageFailed) -> None:
+        run = self._admission.holder(SequenceId(message.sequence))
+        if run is None or run.lease is None or run.lease.attempt != message.attempt:
+            return
+        log.info("sequence %d broke at %s (%s): %s", run.id, message.node, message.code, message.message)
+        if message.code == "kv_full":
+            self.preemptions += 1
+            self._admission.relieve(NodeId(message.node), "an older sequence needs its KV room")
+        else:
+            self.failovers += 1
+        run.deliver(Broken(Attempt(message.attempt), message.code, message.message))
+
+    def _on_link_lost(self, peer: Peer, message: m.LinkLost) -> None:
+        other = PeerId(message.peer)
+        if other not in self._fleet.peers:
+            return
+        log.warning("link %s - %s lost: %s", peer.id, other, message.reason)
+        ours, theirs = frozenset(peer.nodes), frozenset(self._fleet.peers[other].nodes)
+
+        def crosses(lease: Lease) -> bool:
+            return any((a in ours and b in theirs) or (a in theirs and b in ours) for a, b in lease.route.links)
+
+        self.failovers += self._admission.break_where(crosses, "link_lost", f"link {peer.id} - {other} was lost")
+        self._prober.link_lost(peer.id, other, message.reason)
+
+    def _on_leave(self, peer: Peer, message: m.Leave) -> None:
+        log.info("worker %s leaves: %s", peer.id, message.reason)
+        peer.draining = True
+        nodes = frozenset(peer.nodes)
+        self._admission.break_where(
+            lambda lease: not nodes.isdisjoint(lease.route.nodes), "draining", f"worker {peer.id} is leaving"
+        )
+        self._replanner.something_changed()
+        self.release_drained_peers()
