@@ -66,7 +66,8 @@ class LegacyLogprobs:
         raw = self._tokenizer.token_bytes(token)
         self._tokens.append(shown(raw, "bytes:"))
         self._offsets.append(self._offset)
-        self._offset += len(self._decoder.decode(raw))
+        if token not in self._tokenizer.special_ids:
+            self._offset += len(self._decoder.decode(raw))
         if logprobs is None:
             self._logprobs.append(None)
             self._top.append(None)

@@ -50,7 +50,7 @@ def prepare_completion(
         else:
             prompt = given
         if call.echo:
-            echoes.append(given if isinstance(given, str) else text.tokenizer.decode(prompt, skip_special_tokens=False))
+            echoes.append(given if isinstance(given, str) else text.tokenizer.decode(prompt))
         # With `max_tokens` 0 one token is drawn and left out of the answer: a generation has at least one.
         max_tokens = max(call.max_tokens, 1)
         _check_length("prompt", prompt, max_tokens, target)

@@ -25,6 +25,11 @@ class Tokenizer(Protocol):
         """Token ids are `0 <= id < vocab_size`."""
         ...
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that have no text in an answer."""
+        ...
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The text's token ids."""
         ...

@@ -30,6 +30,7 @@ class ByteTokenizer:
     """One token per byte."""
 
     vocab_size = 256
+    special_ids: frozenset[int] = frozenset()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())

@@ -166,6 +166,16 @@ def test_legacy_logprobs_follow_the_text() -> None:
     assert block["top_logprobs"][0] == {"A": -0.5, "a": -1.0}
 
 
+def test_special_tokens_have_no_width() -> None:
+    class Marked(ByteTokenizer):
+        special_ids = frozenset(b"^")
+
+    legacy = LegacyLogprobs(Marked())
+    for byte in b"^ab^":
+        legacy.add(byte, None)
+    assert legacy.take()["text_offset"] == [0, 0, 1, 2]
+
+
 def test_what_json_cannot_hold_is_the_lowest_number() -> None:
     for value in (-math.inf, math.nan, -1e9):
         [entry] = chat_logprobs((TokenText(65, TokenLogprobs(value)),), TOKENS)["content"]  # type: ignore[misc]
