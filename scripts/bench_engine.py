@@ -22,12 +22,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from helixd.engine.engine import Engine
 from helixd.engine.loader import TORCH_DTYPES
@@ -226,7 +229,9 @@ def build(dtype: DType) -> tuple[EngineRunner, TransformersRunner]:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SHAPE, tie_word_embeddings=False, dtype=TORCH_DTYPES[dtype])
     config._attn_implementation = "sdpa"
-    model = transformers.LlamaForCausalLM(config).to(TORCH_DTYPES[dtype]).eval()
+    model = transformers.LlamaForCausalLM(config)
+    torch.nn.Module.train(model, False)
+    torch.nn.Module.to(model, TORCH_DTYPES[dtype])
     room = LAYERS * (max(BATCHES) * 512 + 1024)
     decoder = parse_config({"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False, **SHAPE})
     engine = Engine(decoder, EngineOptions(dtype=dtype, kv_token_layers=room, threads=1))

@@ -287,9 +287,7 @@ def summarise(rounds: list[dict[str, dict[str, Any]]]) -> tuple[list[dict[str, A
 
 def show(rows: list[dict[str, Any]]) -> None:
     """The table."""
-    print(
-        f"{'bytes':>9}  {'raw cpu tx+rx us':>18}  {'link cpu tx+rx us':>18}  {'raw GB/s':>8}  {'link GB/s':>9}  frac"
-    )
+    print(f"{'bytes':>9}  {'raw cpu tx+rx us':>18}  {'link cpu tx+rx us':>18}  {'raw GB/s':>8}  {'link GB/s':>9}  frac")
     for row in rows[:-1]:
         need = f" (>= {row['required']})" if row["required"] else ""
         print(

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 SEQUENCES_PER_LIFE = 1 << 32
 FIRST_EPOCH = Epoch(0)
+ROUTE_IN_HEADERS_S = 1.0
+"""A client that asks is told its route with the headers, unless it waits in line for longer than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,12 @@ class Coordinator:
         self._requests.add(run)
         self._idle.clear()
         run.bind(self._tasks.create_task(self._run(run), name=f"request {request.request_id}"))
+        try:
+            await run.wait_routed(ROUTE_IN_HEADERS_S)
+        except asyncio.CancelledError:
+            # The client left before it could be given anything to cancel.
+            await run.cancel()
+            raise
         return run
 
     # -- Hub, for sequences ------------------------------------------------------------------------------------------

@@ -47,6 +47,17 @@ class RequestRun:
         """The task that runs this request."""
         self._task = task
 
+    async def wait_routed(self, at_most_s: float) -> None:
+        """Until the first choice has a route, the request is over, or `at_most_s` have passed."""
+        assert self._task is not None
+        try:
+            async with asyncio.timeout(at_most_s), asyncio.TaskGroup() as waiting:
+                routed = waiting.create_task(self.sequences[0].routed.wait(), name="first route")
+                await asyncio.wait({routed, self._task}, return_when=asyncio.FIRST_COMPLETED)
+                routed.cancel()
+        except TimeoutError:
+            return
+
     async def emit(self, event: Event) -> None:
         """Queue an event of a choice, after the prompt's scores where those are wanted."""
         if isinstance(event, PromptScored):

@@ -120,6 +120,7 @@ class SequenceRun:
         self.attempts = 0
         self.migrations = 0
         self.last_break = ""
+        self.routed = asyncio.Event()
         self.order = 0
         self.max_tokens = max_tokens
         self._choice = choice
@@ -158,6 +159,7 @@ class SequenceRun:
         while self.text.finished is None and (self.max_tokens > 0 or self._scores_missing):
             self.lease = await self._hub.acquire(self)
             self.attempts += 1
+            self.routed.set()
             before = self.tokens
             try:
                 await self._attempt(self.lease)
