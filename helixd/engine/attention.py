@@ -20,11 +20,12 @@ BLOCK_TOKENS = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 
 
 class Heads(NamedTuple):
-    """The shape of attention: `queries` and `kv` heads of `dim`, and the cap on scores, if any."""
+    """The shape of attention: `queries` and `kv` heads of `dim`; `scale` and, if any, `softcap` of their scores."""
 
     queries: int
     kv: int
     dim: int
+    scale: float
     softcap: float | None
 
 
@@ -104,9 +105,9 @@ class DecodeAttention:
         return mask.view(self._rows, 1, self._width, tokens).to(self._pool.k.device, self._pool.k.dtype)
 
     def run(self, layer: int, q: Tensor) -> Tensor:
-        """`q [rows, heads, dim]`, scaled, to `[rows, heads * dim]`."""
+        """`q [rows, heads, dim]` to `[rows, heads * dim]`."""
         rows, width, tokens = self._rows, self._width, self._pool.page_tokens
-        queries, kv, dim, softcap = self._heads
+        queries, kv, dim, scale, softcap = self._heads
         group = queries // kv
         count = self._pages
         if not self._aligned:
@@ -121,8 +122,9 @@ class DecodeAttention:
             torch.bmm(per_kv[at * kv : (at + pages) * kv], keys, out=flat[at * kv : (at + pages) * kv])
         scores = self._scores[:count] if self._aligned else self._scores.index_select(0, self._table)
         if softcap is not None:
-            scores = torch.tanh(scores / softcap).mul_(softcap)
-        torch.add(scores.view(rows, width, queries, tokens).transpose(1, 2), self._mask, out=self._wide)
+            scores, scale = torch.tanh(scores * (scale / softcap)), softcap
+        by_row = scores.view(rows, width, queries, tokens).transpose(1, 2)
+        torch.add(self._mask, by_row, alpha=scale, out=self._wide)
         weights = torch.softmax(self._wide.view(rows, queries, width * tokens), -1)
         if width > 1:
             weights = weights.view(rows, queries, width, tokens).transpose(1, 2).reshape(-1, queries, tokens)
@@ -180,8 +182,8 @@ class ChunkAttention:
             self._blocks.append(_Block(at - start, stop - start, first - origin, stop - origin, mask))
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        """`q [n, heads, dim]` scaled, own `k`, `v [n, kv, dim]`, also in the pool, into `out [n, heads * dim]`."""
-        queries, kv, dim, softcap = self._heads
+        """`q [n, heads, dim]`, own `k`, `v [n, kv, dim]`, also in the pool, into `out [n, heads * dim]`."""
+        queries, kv, dim, scale, softcap = self._heads
         group = queries // kv
         keys, values = (k.permute(1, 2, 0), v.transpose(0, 1)) if self._page_ids is None else self._gather(layer)
         rows = q.view(-1, kv, group, dim).transpose(0, 1).reshape(kv, -1, dim)
@@ -189,15 +191,16 @@ class ChunkAttention:
         for start, end, first, last, mask in self._blocks:
             scores = torch.bmm(rows[:, start * group : end * group], keys[:, :, first:last])
             if softcap is not None:
-                scores = scores.div_(softcap).tanh_().mul_(softcap)
-            scores.view(kv, end - start, group, last - first).add_(mask)
+                scores = scores.mul_(scale / softcap).tanh_()
+            by_token = scores.view(kv, end - start, group, last - first)
+            torch.add(mask, by_token, alpha=scale if softcap is None else softcap, out=by_token)
             mixed = torch.bmm(torch.softmax(scores, -1), values[:, first:last])
             target[start:end] = mixed.view(kv, end - start, group, dim).transpose(0, 1)
 
     def _gather(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys `[kv, dim, length]` and values `[kv, length, dim]` of the extent."""
         assert self._page_ids is not None
-        _, kv, dim, _ = self._heads
+        kv, dim = self._heads.kv, self._heads.dim
         ids = self._page_ids[layer]
         keys = self._pool.k.index_select(0, ids).permute(1, 2, 0, 3).reshape(kv, dim, -1)
         values = self._pool.v.index_select(0, ids).transpose(0, 1).reshape(kv, -1, dim)

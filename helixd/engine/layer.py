@@ -83,4 +83,4 @@ class DecoderLayer:
         rotation = segment.rotation(self.index)
         if rotation is not None:
             qk = rotate(qk, rotation)
-        return segment.attend(self.index, qk[:, :queries] * config.attention_scale, qk[:, queries:], v)
+        return segment.attend(self.index, qk[:, :queries], qk[:, queries:], v)

@@ -3,6 +3,8 @@
 Packing reorders a weight once for oneDNN's kernels; the original is not kept, so weights are never held twice.
 """
 
+import functools
+import time
 from typing import Protocol
 
 import torch
@@ -34,17 +36,26 @@ class PlainLinear:
 
 
 class PackedLinear:
-    """oneDNN's linear on a weight packed for it (CPU only)."""
+    """oneDNN's linear on a weight packed for it (CPU only).
 
-    __slots__ = ("_bias", "_weight")
+    `widen`: from `_WIDE_ROWS` rows on the weight is expanded to float32 for the call, for CPUs whose half-precision
+    arithmetic is slower than that of float32.
+    """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    __slots__ = ("_bias", "_weight", "_widen")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, widen: bool = False) -> None:
         self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self._bias = bias
+        self._widen = widen and weight.numel() <= _WIDE_VALUES
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """See `Linear`."""
         out: Tensor
+        if self._widen and x.shape[0] >= _WIDE_ROWS:
+            bias = None if self._bias is None else self._bias.float()
+            wide = linear(x.float(), self._weight.to_dense(torch.float32), bias)
+            return wide.to(x.dtype) if residual is None else wide.add_(residual).to(x.dtype)
         if residual is None:
             out = torch.ops.mkldnn._linear_pointwise.default(x, self._weight, self._bias, "none", _NO_SCALARS, "")
         else:
@@ -53,6 +64,14 @@ class PackedLinear:
 
 
 _NO_SCALARS: list[float] = []
+# Below this many values oneDNN's dispatch (25 us more than a plain call) costs more than its kernels save.
+_PACK_VALUES = 1 << 18
+# Expanding a weight takes as long as half precision loses on about this many rows (measured without AMX).
+_WIDE_ROWS = 192
+# An expanded weight is transient memory: at most 256 MiB of it.
+_WIDE_VALUES = 1 << 26
+# Expanding must win by this factor in the trial, so that a busy machine does not decide.
+_WIDE_GAIN = 1.2
 
 
 def packable(device: torch.device, dtype: torch.dtype) -> bool:
@@ -68,6 +87,27 @@ def packable(device: torch.device, dtype: torch.dtype) -> bool:
 
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """The fastest linear for where the weight `[out, in]` lies. The caller drops its own reference to `weight`."""
-    if packable(weight.device, weight.dtype):
-        return PackedLinear(weight, bias)
-    return PlainLinear(weight, bias)
+    if weight.numel() < _PACK_VALUES or not packable(weight.device, weight.dtype):
+        return PlainLinear(weight, bias)
+    return PackedLinear(weight, bias, widen=weight.dtype != torch.float32 and _widening_wins(weight.dtype))
+
+
+@functools.cache
+def _widening_wins(dtype: torch.dtype) -> bool:
+    """One trial per process: is a packed half-precision linear of many rows slower than expanding to float32?
+
+    It is on CPUs with AVX512-BF16 but no AMX whose bf16 dot products run at half the rate of float32 (1.5x measured).
+    """
+    weight = torch.randn((1024, 1024), generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = weight[: 2 * _WIDE_ROWS]
+    native, wide = (_least_s(PackedLinear(weight, widen=widen), x) for widen in (False, True))
+    return native > _WIDE_GAIN * wide
+
+
+def _least_s(run: Linear, x: Tensor) -> float:
+    times = []
+    for _ in range(5):
+        began = time.thread_time()
+        run(x)
+        times.append(time.thread_time() - began)
+    return min(times)

@@ -54,7 +54,10 @@ class Segment:
         picked = rotations if rows is None else [Rotation(r.cos[rows], r.sin[rows]) for r in rotations]
         self._rotations = [picked[spec.rope] if spec.rope is not None else None for spec in config.layers]
         self._windows = [spec.window for spec in config.layers]
-        heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim, config.attention_softcap)
+        # Unscaled scores could overflow float16; there the queries are scaled instead.
+        self._query_scale = config.attention_scale if pool.k.dtype == torch.float16 else None
+        scale = config.attention_scale if self._query_scale is None else 1.0
+        heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim, scale, config.attention_softcap)
         singles = [item for item in items if item.count == 1]
         chunks = [item for item in items if item.count > 1]
         self._singles = len(singles)
@@ -86,7 +89,9 @@ class Segment:
         return self._rotations[layer]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write `k`, `v [n, kv, dim]` to the pool and attend with scaled `q [n, heads, dim]`: `[n, heads * dim]`."""
+        """Write `k`, `v [n, kv, dim]` to the pool and attend with `q [n, heads, dim]`: `[n, heads * dim]`."""
+        if self._query_scale is not None:
+            q = q * self._query_scale
         count = self._singles
         window = self._windows[layer]
         pool_k, pool_v = self._pool.k, self._pool.v
