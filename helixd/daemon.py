@@ -202,12 +202,19 @@ class Daemon:
         )  # fmt: skip
         parts.append(worker)
         self.worker = worker
-        tasks.create_task(worker.run(), name="worker")
+        running = tasks.create_task(worker.run(), name="worker")
+        # Before its endpoint closes: a worker whose links go away would try to join again.
+        stack.push_async_callback(_end, running)
         for setup in setups:
             logs.event(
                 log, logging.INFO, "node", node=setup.node, device=setup.device, name=setup.device_name,
                 memory_gib=round(setup.memory_budget_bytes / 2**30, 3),
             )  # fmt: skip
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait({task})
 
 
 @asynccontextmanager

@@ -158,7 +158,7 @@ class World:
 async def until(condition: Callable[[], object]) -> None:
     """Wait for what another task does; fails after a while."""
     async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - any condition will do
+        while not condition():
             await asyncio.sleep(0.002)
 
 

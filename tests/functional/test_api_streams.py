@@ -124,7 +124,7 @@ async def test_a_client_that_leaves_cancels_its_generation(stream: bool, script:
         line = f'helixd_request_success_total{{finished_reason="abort",model_name="{MODEL}"}} 1.0'
         await until(lambda: world.service.generations[0].cancelled.is_set())
         async with asyncio.timeout(10):
-            while not await metric(world, line):  # noqa: ASYNC110 - the figure is read over HTTP
+            while not await metric(world, line):
                 await asyncio.sleep(0.005)
 
 
