@@ -153,9 +153,9 @@ class Cluster:
             while sum(node.measured is not None for node in self.coordinator.fleet.nodes.values()) < count:
                 await asyncio.sleep(0.02)
 
-    async def serve(self, ranges: dict[str, tuple[int, int]]) -> None:
-        """Push a plan with these ranges, every usable edge open, and wait until all of it serves."""
-        self.coordinator.epochs.push(make_plan(self.model.config.num_layers, ranges))
+    async def serve(self, ranges: dict[str, tuple[int, int]], *, mesh: bool = False) -> None:
+        """Push a plan with these ranges, every usable edge (`mesh`: every edge) open; wait until all of it serves."""
+        self.coordinator.epochs.push(make_plan(self.model.config.num_layers, ranges, mesh=mesh))
         epoch = self.coordinator.epochs.coming.epoch if self.coordinator.epochs.coming else None
         async with asyncio.timeout(60):
             while not (active := self.coordinator.epochs.active) or active.epoch != epoch:
@@ -241,8 +241,8 @@ def take(outcome: Outcome, event: Event) -> None:
             outcome.failed = event
 
 
-def make_plan(num_layers: int, ranges: dict[str, tuple[int, int]]) -> Plan:
-    """Every node with its range; every edge that partial inference allows carries flow."""
+def make_plan(num_layers: int, ranges: dict[str, tuple[int, int]], *, mesh: bool = False) -> Plan:
+    """Every node with its range; every edge that partial inference allows carries flow, or every edge at all."""
     placement = {NodeId(name): LayerRange.of(pair) for name, pair in ranges.items()}
     schedule: dict[NodeId, tuple[Hop, ...]] = {
         COORDINATOR: tuple(Hop(node, 1.0) for node, held in placement.items() if held.start == 0)
@@ -254,6 +254,9 @@ def make_plan(num_layers: int, ranges: dict[str, tuple[int, int]]) -> Plan:
             schedule[node] = tuple(
                 Hop(other, 1.0) for other, onward in placement.items() if onward.start <= held.end < onward.end
             )
+    if mesh:
+        for node in placement:
+            schedule[node] = tuple(Hop(other, 1.0) for other in (*placement, COORDINATOR) if other != node)
     return Plan(num_layers, placement, schedule, 1.0)
 
 

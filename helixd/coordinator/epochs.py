@@ -95,7 +95,10 @@ class Epochs:
     def on_state(self, state: EpochState) -> None:
         """A node tells how far it is."""
         for plan in (self.active, self.coming):
-            if plan is not None and plan.epoch == state.epoch:
+            if plan is None or plan.epoch != state.epoch:
+                continue
+            # Told of its plan again (more KV room, a new neighbour), a node that serves goes on serving.
+            if not (plan.ready(NodeId(state.node)) and state.state == "loading"):
                 plan.states[NodeId(state.node)] = state
         if state.state == "failed":
             log.error("node %s cannot serve epoch %d: %s", state.node, state.epoch, state.message)

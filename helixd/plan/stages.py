@@ -133,12 +133,14 @@ def cover(
     *,
     min_width: int = 1,
     fewest: bool = False,
+    wide: int = 0,
     seed: int = 0,
     time_limit_s: float = 2.0,
 ) -> tuple[Stage, ...] | None:
     """Stages of at least `flow` tokens/s each that cover `num_layers` layers or a few more; None if none are found.
 
-    `min_width`: at least so many nodes in each stage. `fewest`: with as few stages as possible.
+    `min_width`: at least so many nodes in each stage. `fewest`: with as few stages as possible. `wide`: at least so
+    many stages of several nodes, such as slow links between regions need on both their sides.
     """
     ends = any(kind.most[first][last] != kind.most[0][0] for kind in kinds for first in (0, 1) for last in (0, 1))
     places = ((False, False), (True, False), (False, True), (True, True)) if ends else ((False, False),)
@@ -153,6 +155,9 @@ def cover(
     for k, kind in enumerate(kinds):
         using = [i for i in everything if stages[i].counts[k]]
         program.row(using, [stages[i].counts[k] for i in using], upper=len(kind.nodes))
+    if wide:
+        pairs = [i for i in everything if sum(stages[i].counts) > 1]
+        program.row(pairs, [1.0] * len(pairs), lower=wide)
     if ends:
         for firsts in ([i for i in everything if stages[i].first], [i for i in everything if stages[i].last]):
             program.row(firsts, [1.0] * len(firsts), lower=1, upper=1)
@@ -172,19 +177,20 @@ def best_cover(
     bound: float,
     *,
     min_width: int = 1,
+    wide: int = 0,
     seed: int = 0,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> tuple[float, tuple[Stage, ...]] | None:
     """The largest flow that stages reach (found by bisection below `bound`), and the stages."""
     low, high = 0.0, bound
-    found: tuple[Stage, ...] | None = cover(kinds, num_layers, bound, min_width=min_width, seed=seed)
+    found: tuple[Stage, ...] | None = cover(kinds, num_layers, bound, min_width=min_width, wide=wide, seed=seed)
     if found is not None:
         return bound, found
     for _ in range(_PROBES):
         if out_of_time():
             break
         middle = (low + high) / 2
-        stages = cover(kinds, num_layers, middle, min_width=min_width, seed=seed)
+        stages = cover(kinds, num_layers, middle, min_width=min_width, wide=wide, seed=seed)
         if stages is None:
             high = middle
         else:

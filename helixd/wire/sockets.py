@@ -1,15 +1,9 @@
-"""What is done to a websocket besides reading and writing it: TCP options, writing without waiting, cutting it off."""
+"""TCP options of peer sockets, and writing to a websocket without waiting."""
 
-import contextlib
-import os
 import socket
 from collections.abc import Coroutine
 
-from aiohttp import ClientWebSocketResponse, web
-
 from helixd.wire.options import WireOptions
-
-WebSocket = web.WebSocketResponse | ClientWebSocketResponse
 
 _KEEPALIVE_IDLE_S = 5
 _KEEPALIVE_INTERVAL_S = 2
@@ -53,18 +47,3 @@ def write_now(sending: Coroutine[object, object, None]) -> None:
     except StopIteration:
         return
     sending.close()
-
-
-def cut(ws: WebSocket) -> None:
-    """Shut the TCP connection down at once, whatever is buffered; works on any event loop's transport."""
-    sock = ws.get_extra_info("socket")
-    if sock is None or sock.fileno() < 0:
-        return
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(sock.fileno())) as duplicate:
-        duplicate.shutdown(socket.SHUT_RDWR)
-
-
-def remote_host(ws: WebSocket) -> str:
-    """The peer's address as this side sees it ("" when unknown)."""
-    peername = ws.get_extra_info("peername")
-    return str(peername[0]) if isinstance(peername, tuple) and peername else ""
