@@ -1,0 +1,205 @@
+"""Real helixd processes for tests: started with their own state, found through their logs, ended at the end."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+ROOT = Path(__file__).parents[1]
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+def add_tokenizer(path: Path) -> None:
+    """A byte-level tokenizer of as many ids as the model has: 256 bytes, then merges that no text needs."""
+    vocab_size = json.loads((path / "config.json").read_text())["vocab_size"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: at for at, letter in enumerate(alphabet)}
+    for at in range(len(vocab), vocab_size):
+        vocab[f"{alphabet[at % 90 + 65]}{alphabet[at // 90 + 65]}"] = at
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    (path / "generation_config.json").write_text("{}")
+    config = json.loads((path / "config.json").read_text())
+    for key in ("eos_token_id", "bos_token_id"):
+        config.pop(key, None)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(slots=True)
+class Daemon:
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    arguments: list[str]
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@dataclass(slots=True)
+class Daemons:
+    """Processes of one test below `home`."""
+
+    home: Path
+    all: dict[str, Daemon] = field(default_factory=dict)
+    api: str = ""
+    peers: str = ""
+
+    def start(self, name: str, *arguments: str) -> Daemon:
+        log = self.home / f"{name}.log"
+        words = [
+            sys.executable, "-m", "helixd", *arguments, "--state-dir", str(self.home / name),
+            "--set", f"node.cache_dir={self.home / name / 'cache'}", "--set", "log.format=text",
+            "--set", "device.threads=1", "--set", "cluster.timers.drain=3s",
+        ]  # fmt: skip
+        environment = {**os.environ, "HELIXD_CONFIG": os.devnull, "OMP_NUM_THREADS": "1"}
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+            )
+        self.all[name] = Daemon(name, process, log, list(arguments))
+        return self.all[name]
+
+    def restart(self, name: str) -> Daemon:
+        return self.start(name, *self.all[name].arguments)
+
+    def coordinator(self, model: Path | str, *arguments: str) -> Daemon:
+        self.api, self.peers = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+        return self.start(
+            "coordinator", "--role", "coordinator", "--model", str(model), "--listen", self.api,
+            "--peer-listen", self.peers, "--set", "planner.settle=200ms", *arguments,
+        )  # fmt: skip
+
+    def worker(self, name: str, memory: str, *arguments: str) -> Daemon:
+        return self.start(
+            name, "--role", "worker", "--coordinator", self.peers, "--memory", memory, "--device", "cpu",
+            "--set", f"node.id={name}", *arguments,
+        )  # fmt: skip
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"http://{self.api}{path}", timeout=10) as answer:
+            return json.load(answer)
+
+    def wait_ready(self, within_s: float = 90.0) -> None:
+        self.wait(lambda: bool(self.get("/readyz")["ready"]), "the cluster to be ready", within_s)
+
+    def wait(self, condition: Any, what: str, within_s: float = 30.0) -> None:
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline:
+            crashed = [d.name for d in self.all.values() if d.process.poll() not in (None, -signal.SIGKILL)]
+            assert not crashed, f"{crashed} ended while waiting for {what}\n{self.tails()}"
+            try:
+                if condition():
+                    return
+            except (OSError, urllib.error.HTTPError):
+                pass
+            time.sleep(0.1)
+        raise AssertionError(f"waited {within_s:g} s for {what}\n{self.tails()}")
+
+    def wait_idle(self) -> None:
+        """No KV, no sequence, no reservation anywhere, and each node has said so since."""
+
+        def idle() -> bool:
+            view = self.get("/cluster")
+            loads = [node["load"] for node in view["nodes"]]
+            return (
+                view["requests"]["running"] == view["requests"]["waiting"] == 0
+                and all(node["kv_reserved_token_layers"] == 0 for node in view["nodes"])
+                and all(load is not None and load["kv_pages_used"] == load["open_sequences"] == 0 for load in loads)
+            )
+
+        self.wait(idle, "every node to be idle with no KV in use")
+
+    def tails(self) -> str:
+        return "\n".join(f"--- {d.name}\n" + "\n".join(d.text.splitlines()[-15:]) for d in self.all.values())
+
+    def stop(self) -> None:
+        for daemon in self.all.values():
+            if daemon.process.poll() is None:
+                daemon.signal(signal.SIGCONT)
+                daemon.kill()
+
+
+@contextmanager
+def daemons(home: Path) -> Iterator[Daemons]:
+    made = Daemons(home)
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+def completion(made: Daemons, prompt: Sequence[int], max_tokens: int, **fields: object) -> "Stream":
+    return Stream(made, {"model": "m", "prompt": list(prompt), "max_tokens": max_tokens, "stream": True, **fields})
+
+
+class Stream:
+    """A streamed completion read with the standard library: ids are read from the token log probabilities."""
+
+    def __init__(self, made: Daemons, body: dict[str, object]) -> None:
+        request = urllib.request.Request(
+            f"http://{made.api}/v1/completions",
+            json.dumps({"temperature": 0, "logprobs": 0, "ignore_eos": True, **body}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        self.answer = urllib.request.urlopen(request, timeout=120)
+        self.route = self.answer.headers.get("x-helixd-route", "")
+        self.text = ""
+        self.pieces = 0
+        self.error: dict[str, Any] | None = None
+        self.done = False
+        self.reason: str | None = None
+
+    def read(self, at_most: int | None = None) -> "Stream":
+        """To the end, or until `at_most` pieces have come in all."""
+        while at_most is None or self.pieces < at_most:
+            line = self.answer.readline()
+            if not line:
+                break
+            found = re.match(rb"data: (.*)\n", line)
+            if not found:
+                continue
+            if found[1] == b"[DONE]":
+                self.done = True
+                continue
+            chunk = json.loads(found[1])
+            if "error" in chunk:
+                self.error = chunk["error"]
+                continue
+            self.pieces += 1
+            self.text += chunk["choices"][0]["text"]
+            self.reason = chunk["choices"][0]["finish_reason"] or self.reason
+        return self
+
+    def close(self) -> None:
+        self.answer.close()
