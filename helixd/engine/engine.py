@@ -112,14 +112,15 @@ class Engine:
                 progress(done, total)
 
         with torch.inference_mode():
+            # The largest first: what packing them needs for a moment is then used again for the layers.
             if want_embedding:
                 self._embedding = loader.embedding()
                 step()
-            for layer in missing:
-                self._layers[layer] = loader.layer(layer)
-                step()
             if want_head:
                 self._head = loader.head(self._embedding)
+                step()
+            for layer in missing:
+                self._layers[layer] = loader.layer(layer)
                 step()
 
     def unload(self, layers: LayerRange) -> None:

@@ -17,6 +17,8 @@ from helixd.sampling import SamplingParams, TokenLogprobs
 
 # Alternatives looked at first for top_p: sorting a whole vocabulary costs more than everything else here.
 _NUCLEUS_TOKENS = 256
+# torch's argmax is not vectorised on a CPU, its amax is.
+_BLOCK = 64
 
 
 class SamplerState:
@@ -97,7 +99,7 @@ def sample(logits: Tensor, states: Sequence[SamplerState], positions: Sequence[i
         logits = logits.clone()
         for index in shaped:
             states[index].shape(logits[index])
-    tokens: list[int] = logits.argmax(-1).tolist()
+    tokens: list[int] = best_tokens(logits).tolist()
     drawn = [index for index, state in enumerate(states) if not state.params.greedy]
     if drawn:
         params = [states[index].params for index in drawn]
@@ -108,6 +110,17 @@ def sample(logits: Tensor, states: Sequence[SamplerState], positions: Sequence[i
     for state, token in zip(states, tokens, strict=True):
         state.record(token)
     return tokens
+
+
+def best_tokens(logits: Tensor) -> Tensor:
+    """`logits.argmax(-1)` of `[n, vocab]`, several times faster on a CPU: the best block first, then inside it."""
+    rows, vocab = logits.shape
+    if vocab % _BLOCK or logits.is_cuda:
+        return logits.argmax(-1)
+    blocks = logits.view(rows, -1, _BLOCK)
+    block = blocks.amax(-1).argmax(-1)
+    inside = blocks[torch.arange(rows), block].argmax(-1)
+    return block * _BLOCK + inside
 
 
 def _draw(logits: Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> list[int]:

@@ -14,6 +14,7 @@ from helixd.engine.types import EngineOptions, SequenceSpec, StageResult, StageW
 from helixd.ids import SequenceId
 from helixd.layers import LayerRange
 from helixd.model.config import load_config
+from helixd.model.decoder import DType
 from helixd.model.index import SafetensorsIndex
 from helixd.sampling import SamplingParams
 from tests.families import FAMILIES, LAYERS, exact_checkpoint, reference
@@ -163,22 +164,50 @@ def test_one_stream_over_exact_and_overlapping_ranges(
     torch.testing.assert_close(torch.stack(logits), oracle.logits, rtol=0, atol=1e-4)
 
 
-def test_bfloat16_follows_float32(directory: Path) -> None:
-    """Teacher-forced: half precision rounds, but the reference tokens must stay among the likely ones."""
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float16", 0.05), ("bfloat16", 0.25)])
+def test_scores_are_those_of_transformers(directory: Path, dtype: DType, tolerance: float) -> None:
+    """Teacher-forced, so that half precision may round: the reference tokens keep their log probabilities."""
     path = checkpoint(directory, "llama3")
     oracle = reference(path, PROMPT, TOKENS)
     ids = (*PROMPT, *oracle.tokens[:-1])
     exact = torch.log_softmax(oracle.logits, -1)
     with SafetensorsIndex.open(path) as source:
-        engine = Engine(load_config(path), EngineOptions(dtype="bfloat16", kv_token_layers=6 * 128), page_tokens=16)
+        engine = Engine(load_config(path), EngineOptions(dtype=dtype, kv_token_layers=6 * 128), page_tokens=16)
         engine.load(LayerRange(0, LAYERS), source, embedding=True, head=True)
     engine.open(SequenceSpec(SequenceId(1), LayerRange(0, LAYERS), len(PROMPT), GREEDY))
     wanted = (*[None] * (len(PROMPT) - 1), *oracle.tokens)
-    [result] = engine.forward([StageWork(SequenceId(1), 0, token_ids=ids, score=wanted)])
-    assert result.scores is not None
-    got = [score.logprob for score in result.scores if score is not None]
+    got: list[float] = []
+    # A chunk, then single tokens.
+    for start, end in [(0, 60), *((at, at + 1) for at in range(60, len(ids)))]:
+        work = StageWork(SequenceId(1), start, token_ids=ids[start:end], score=wanted[start:end])
+        [result] = engine.forward([work])
+        assert result.scores is not None
+        got += [score.logprob for score in result.scores if score is not None]
     expected = [float(exact[row, token]) for row, token in enumerate(oracle.tokens)]
-    assert max(abs(a - b) for a, b in zip(got, expected, strict=True)) < 0.25
+    assert max(abs(a - b) for a, b in zip(got, expected, strict=True)) < tolerance
+
+
+def test_dynamic_scaling_of_a_prompt_longer_than_the_original_length(directory: Path) -> None:
+    """In chunks and after recovery: prompt + emitted tokens prefilled again go on as if nothing had happened."""
+    prompt = tuple(torch.randint(1, 255, (55,), generator=torch.Generator().manual_seed(9)).tolist())
+    path = directory / "long-dynamic"
+    exact_checkpoint("llama-dynamic", path, [prompt], 24)
+    oracle = reference(path, prompt, 24).tokens
+    [engine] = engines(path, [(0, LAYERS)], 2)
+    ids = (*prompt, *oracle)
+    for known in (0, 10):
+        sequence = SequenceId(known)
+        prefix = ids[: len(prompt) + known]
+        engine.open(SequenceSpec(sequence, LayerRange(0, LAYERS), len(prompt), GREEDY, prefix))
+        engine.forward([StageWork(sequence, 0, token_ids=prefix[:30])])
+        tokens = []
+        [result] = engine.forward([StageWork(sequence, 30, token_ids=prefix[30:], sample=True)])
+        while result.token is not None and len(tokens) + known < len(oracle) - 1:
+            tokens.append(result.token)
+            at = len(prefix) + len(tokens) - 1
+            [result] = engine.forward([StageWork(sequence, at, token_ids=(result.token,), sample=True)])
+        assert (*tokens, result.token) == oracle[known:]
+        engine.close(sequence)
 
 
 @pytest.mark.gpu

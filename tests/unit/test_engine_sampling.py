@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helixd.engine.philox import philox4x32, uniform
-from helixd.engine.sampling import SamplerState, sample, token_logprobs
+from helixd.engine.sampling import SamplerState, best_tokens, sample, token_logprobs
 from helixd.sampling import SamplingParams
 
 PLAIN = SamplingParams(seed=7)
@@ -79,6 +79,12 @@ def test_nucleus_wider_than_the_first_look() -> None:
 def test_tiny_temperature_is_the_best_token_and_zero_is_greedy() -> None:
     assert draw(dataclasses.replace(PLAIN, temperature=1e-6), count=50)[0] == 1.0
     assert draw(dataclasses.replace(PLAIN, temperature=0.0), count=50)[0] == 1.0
+
+
+@pytest.mark.parametrize("vocab", [64, 640, 650])
+def test_best_tokens_are_the_first_best(vocab: int) -> None:
+    logits = torch.randint(0, 50, (40, vocab), generator=torch.Generator().manual_seed(1)).float()
+    assert best_tokens(logits).tolist() == [row.index(max(row)) for row in logits.tolist()]
 
 
 def test_a_row_is_drawn_alike_in_any_batch() -> None:
