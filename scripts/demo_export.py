@@ -39,6 +39,8 @@ A Llama-architecture code completer of {parameters:,} parameters: small enough t
 layers to be split over several machines. It writes text that looks like Python. It does not write programs that work,
 knows no language but the standard library's, and follows no instructions.
 
+Sample it at a temperature of about 0.7. Greedy decoding falls into loops soon: after `import os` it repeats that line.
+
 | | |
 |---|---|
 | layers, hidden, feed-forward | {shape.num_layers}, {shape.hidden_size}, {shape.intermediate_size} |
