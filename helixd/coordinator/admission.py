@@ -19,7 +19,8 @@ from helixd.route.router import Link, Route, Router
 
 EVERYBODY = 1 << 30
 OLDEST_FIRST = 1 << 50
-KV_PAGE_TOKENS = 128
+KV_PAGE_TOKENS = 64
+"""Workers give KV out in pages; a reservation that ends within one is rounded up to it."""
 
 
 class _Waiter:

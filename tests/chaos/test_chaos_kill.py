@@ -147,7 +147,7 @@ def test_the_only_pipeline_comes_back_in_time(cluster: Daemons, checkpoint: Path
 
 def test_clients_that_leave_free_everything(cluster: Daemons, checkpoint: Path) -> None:
     start(cluster, checkpoint, {"a": (0, 3), "b": (3, 6)})
-    streams = [completion(cluster, prompt, 1500) for prompt in PROMPTS]
+    streams = [completion(cluster, prompt, 400) for prompt in PROMPTS]
     for number, stream in enumerate(streams):
         stream.read(1 + number)
         stream.close()
