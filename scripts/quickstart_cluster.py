@@ -23,7 +23,7 @@ from typing import Any
 
 MEMORY = ("4MiB", "6MiB", "9MiB")
 READY_WITHIN_S = 120.0
-PROMPT = "def main():\n"
+PROMPT = "def main("
 MAX_TOKENS = 120
 
 
@@ -136,7 +136,7 @@ def show_placement(cluster: Cluster) -> None:
 def curl_command(api: str, *options: str) -> list[str]:
     """A streamed completion, as anybody could type it."""
     body = {
-        "model": "demo", "prompt": PROMPT, "max_tokens": MAX_TOKENS, "temperature": 0.6, "top_p": 0.9, "seed": 7,
+        "model": "demo", "prompt": PROMPT, "max_tokens": MAX_TOKENS, "temperature": 0,
         "stream": True,
     }  # fmt: skip
     return [

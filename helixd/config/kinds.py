@@ -143,7 +143,7 @@ def _boolean(value: object, _base: Path) -> bool:
 
 
 def _memory(value: object, base: Path) -> int | None:
-    return None if value == "auto" else size(2**20).parse(value, base)
+    return None if value == "auto" else size(4096).parse(value, base)
 
 
 def _memory_text(size_bytes: int | None) -> str:

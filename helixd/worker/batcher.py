@@ -98,7 +98,7 @@ class Batcher:
         for handle in list(self._decodes):
             if len(batch) >= min(self.limits.max_sequences, self.limits.max_tokens):
                 break
-            batch.append(self._take(self._decodes, handle))
+            batch.append(self._take(self._decodes, handle, at_most=1))
         room = min(self.limits.chunk_tokens, self.limits.max_tokens - len(batch))
         for handle in list(self._prefills):
             if room <= 0 or len(batch) >= self.limits.max_sequences:

@@ -1,0 +1,45 @@
+"""What a daemon remembers: one identity, incarnations that rise, one daemon at a time."""
+
+from pathlib import Path
+
+import pytest
+
+from helixd.ids import Epoch
+from helixd.state import StateDir, StateError
+
+
+def test_identity_stays_and_incarnations_and_epochs_rise(tmp_path: Path) -> None:
+    first = StateDir.open(tmp_path / "state")
+    first.remember_epoch(Epoch(5))
+    first.close()
+    second = StateDir.open(tmp_path / "state")
+    assert second.peer == first.peer
+    assert second.incarnation == first.incarnation + 1
+    assert second.epoch == 5
+    second.close()
+
+
+def test_a_configured_id_wins(tmp_path: Path) -> None:
+    state = StateDir.open(tmp_path, "my-node")
+    assert state.peer == "my-node"
+    state.close()
+
+
+def test_a_second_daemon_is_kept_out(tmp_path: Path) -> None:
+    first = StateDir.open(tmp_path)
+    with pytest.raises(StateError, match="another helixd"):
+        StateDir.open(tmp_path)
+    first.close()
+    StateDir.open(tmp_path).close()
+
+
+def test_a_damaged_file_is_kept_aside(tmp_path: Path) -> None:
+    (tmp_path / "identity.json").write_text("{not json")
+    StateDir.open(tmp_path).close()
+    assert (tmp_path / "identity.bad").read_text() == "{not json"
+
+
+def test_a_place_that_is_no_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StateError, match="state_dir"):
+        StateDir.open(tmp_path / "file")
