@@ -33,10 +33,16 @@ class CreditGate:
         """Whether somebody waits for credits."""
         return bool(self._waiters)
 
+    def take(self, charge: int) -> bool:
+        """Take `charge` credits if they are there and nobody waits for theirs."""
+        if charge > self._available or self._waiters:
+            return False
+        self._available -= charge
+        return True
+
     async def acquire(self, charge: int) -> None:
         """Take `charge` credits, waiting for them. Raises what `fail` was given. No await before the caller resumes."""
-        if charge <= self._available and not self._waiters:
-            self._available -= charge
+        if self.take(charge):
             return
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry = (granted, charge)

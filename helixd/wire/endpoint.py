@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,28 +18,35 @@ from aiohttp import web
 
 from helixd.errors import HelixError, PeerLost
 from helixd.ids import PeerId
+from helixd.wire.channel import Channel, PeerClientWebSocket
 from helixd.wire.counters import LinkCounters
 from helixd.wire.errors import AuthRejected, CloseCode, FrameError, PeerRefused, VersionMismatch
 from helixd.wire.handshake import (
     TOKEN_BYTES,
     DialerHandshake,
     HandshakeFailed,
+    Hello,
     ListenerHandshake,
     Purpose,
     new_hello,
 )
 from helixd.wire.link import Link, LinkLostHandler
-from helixd.wire.options import WireOptions
+from helixd.wire.opening import LinkOpening
+from helixd.wire.options import KIB, WireOptions
 from helixd.wire.peers import AcceptPeer, LinkUp, PeerIdentity
+from helixd.wire.reader import MessageReader
 from helixd.wire.registry import LinkRegistry
 from helixd.wire.server import GuardedHandler, PeerServer
-from helixd.wire.setup import Grant, receive_grant, send_grant
-from helixd.wire.sockets import WebSocket, cut, remote_host, tune_socket
+from helixd.wire.setup import Grant, own_grant
+from helixd.wire.sockets import tune_socket
 from helixd.wire.websocket import WebSocketLink
 
 PEER_PATH = "/peer"
 _COMPLAINT_PERIOD_S = 60.0
 _MAX_COMPLAINTS = 1024
+# What is read before it is known where it belongs: several small frames, or the little that precedes a chunk.
+_CONTROL_READ_AHEAD_BYTES = 64 * KIB
+_BULK_READ_AHEAD_BYTES = 16 * KIB
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +56,7 @@ class _Incoming:
     """A link whose control socket is authenticated and whose bulk socket is awaited."""
 
     identity: PeerIdentity
-    bulk: asyncio.Future[tuple[web.WebSocketResponse, asyncio.Transport | None]]
+    bulk: asyncio.Future[tuple[Channel, MessageReader]]
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -115,6 +123,7 @@ class Endpoint:
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None),
+            ws_response_class=PeerClientWebSocket,
         )
         return self
 
@@ -164,7 +173,7 @@ class Endpoint:
         if self._session is not None:
             await self._session.close()
 
-    async def _open(self, host: str, port: int, bulk: bool) -> aiohttp.ClientWebSocketResponse:
+    async def _open(self, host: str, port: int, bulk: bool) -> Channel:
         if self._session is None or self._session.closed:
             raise PeerLost(f"{host}:{port}", "this daemon's peer endpoint is not open")
         ws = await self._session.ws_connect(
@@ -176,49 +185,52 @@ class Endpoint:
             max_msg_size=self._options.max_message_bytes + 1,
             timeout=aiohttp.ClientWSTimeout(ws_receive=None, ws_close=self._options.close_timeout_s),
         )
+        if not isinstance(ws, PeerClientWebSocket):
+            raise TypeError(f"the client session made a {type(ws).__name__}")
         tune_socket(ws.get_extra_info("socket"), self._options, bulk)
-        return ws
+        return Channel(ws, ws.transport, dialed=True)
 
     async def _dial(self, host: str, port: int, expect: PeerId | None, where: str) -> Link:
-        sockets: list[WebSocket] = []
+        channels: list[Channel] = []
         them: PeerIdentity | None = None
         try:
             token = os.urandom(TOKEN_BYTES)
-            control = await self._open(host, port, bulk=False)
-            sockets.append(control)
-            shake = DialerHandshake(control, new_hello(self._identity, Purpose.CONTROL, token), self._secret, where)
+            channels.append(control := await self._open(host, port, bulk=False))
+            shake = DialerHandshake(control.ws, new_hello(self._identity, Purpose.CONTROL, token), self._secret, where)
             them = (await shake.greet()).identity
             if expect is not None and them.peer != expect:
                 raise HandshakeFailed(CloseCode.REFUSED, f"expected {expect}, {them.peer} answers")
             if self._being_linked(them):
-                await self._hang_up(sockets, CloseCode.YIELDED, "already linked")
+                await self._hang_up(channels, CloseCode.YIELDED, "already linked")
                 return await self._registry.arrival(them)
             self._registry.judge(them, incoming=False)
             self._dialing[them.peer] = them.instance
             try:
                 await shake.prove()
-                bulk = await self._open(host, port, bulk=True)
-                sockets.append(bulk)
-                shake = DialerHandshake(bulk, new_hello(self._identity, Purpose.BULK, token), self._secret, where)
+                control_reader = self._take_over(control, _CONTROL_READ_AHEAD_BYTES)
+                channels.append(bulk := await self._open(host, port, bulk=True))
+                shake = DialerHandshake(bulk.ws, new_hello(self._identity, Purpose.BULK, token), self._secret, where)
                 if (await shake.greet()).identity != them:
                     raise HandshakeFailed(CloseCode.REFUSED, f"{them.peer} changed while it was dialed")
                 await shake.prove()
-                send_grant(control, self._options)
-                link = self._stand(them, control, bulk, None, await receive_grant(control, self._options, where))
+                bulk_reader = self._take_over(bulk, _BULK_READ_AHEAD_BYTES)
+                stand = partial(self._stand, them, control, bulk)
+                link = await LinkOpening(control, control_reader, bulk_reader, self._options, where, stand).run()
             finally:
                 del self._dialing[them.peer]
-            sockets.clear()
+            channels.clear()
             return link
         except PeerRefused as refusal:
             if refusal.code != CloseCode.YIELDED or them is None:
                 raise
             return await self._registry.arrival(them)
         except HandshakeFailed as failure:
-            await self._hang_up(sockets, failure.code, failure.reason)
+            await self._hang_up(channels, failure.code, failure.reason)
             raise _our_refusal(where, failure) from failure
         finally:
-            for ws in sockets:
-                cut(ws)
+            for channel in channels:
+                channel.abort()
+                await channel.ws.close()
 
     def _being_linked(self, them: PeerIdentity) -> bool:
         return (
@@ -227,17 +239,15 @@ class Endpoint:
             or any(incoming.identity.instance == them.instance for incoming in self._incoming.values())
         )
 
-    def _stand(
-        self,
-        them: PeerIdentity,
-        control: WebSocket,
-        bulk: WebSocket,
-        bulk_transport: asyncio.Transport | None,
-        grant: Grant,
-    ) -> WebSocketLink:
-        link = WebSocketLink(
-            them, control, bulk, bulk_transport, grant, self._options, self.spawn, self._registry.removed
-        )
+    def _take_over(self, channel: Channel, read_ahead_bytes: int) -> MessageReader:
+        return channel.take_over(self._options.max_message_bytes, read_ahead_bytes)
+
+    def _stand(self, them: PeerIdentity, control: Channel, bulk: Channel, grant: Grant) -> WebSocketLink:
+        """Called from the loop when the peer's grant came; nothing intervenes until the link is registered."""
+        link = WebSocketLink(them, control, bulk, grant, self._options, self.spawn, self._registry.removed)
+        if not control.dialed:
+            self._registry.judge(them, incoming=False)
+            control.write_now(own_grant(self._options).encode())
         self._registry.add(link)
         logger.info("link up peer=%s incarnation=%d host=%s", them.peer, them.incarnation, link.remote_host)
         return link
@@ -260,33 +270,29 @@ class Endpoint:
         if not ws.can_prepare(request):
             return web.Response(status=426, text="websocket only\n", headers={"Upgrade": "websocket"})
         await ws.prepare(request)
-        where = remote_host(ws)
+        channel = Channel(ws, request.transport, dialed=False)
+        where = channel.remote_host
         try:
             shake = ListenerHandshake(ws, self._identity, self._secret, where)
             async with asyncio.timeout_at(guard.deadline_s):
                 hello = await shake.challenge()
             tune_socket(ws.get_extra_info("socket"), options, hello.purpose is Purpose.BULK)
             serve = self._serve_bulk if hello.purpose is Purpose.BULK else self._serve_control
-            await serve(ws, request.transport, hello.identity, hello.token, shake, guard.admit)
+            await serve(channel, hello, shake, guard.admit)
         except TimeoutError:
-            await self._hang_up([ws], CloseCode.AUTH_TIMEOUT, "authentication took too long")
+            await self._hang_up([channel], CloseCode.AUTH_TIMEOUT, "authentication took too long")
         except HandshakeFailed as failure:
             self._complain(where, failure.reason)
-            await self._hang_up([ws], failure.code, failure.reason)
+            await self._hang_up([channel], failure.code, failure.reason)
         except (HelixError, ConnectionError) as error:
             self._complain(where, str(error))
-            cut(ws)
+            channel.abort()
         return ws
 
     async def _serve_control(
-        self,
-        ws: web.WebSocketResponse,
-        _: asyncio.Transport | None,
-        them: PeerIdentity,
-        token: bytes,
-        shake: ListenerHandshake,
-        admit: Callable[[], None],
+        self, control: Channel, hello: Hello, shake: ListenerHandshake, admit: Callable[[], None]
     ) -> None:
+        them, token = hello.identity, hello.token
         self._registry.judge(them, incoming=True)
         if self._dialing.get(them.peer) == them.instance and self._identity.peer < them.peer:
             raise HandshakeFailed(CloseCode.YIELDED, "both sides dialed, this dial yields")
@@ -296,42 +302,43 @@ class Endpoint:
         incoming = _Incoming(them, asyncio.get_running_loop().create_future())
         self._incoming[token] = incoming
         try:
+            control_reader = self._take_over(control, _CONTROL_READ_AHEAD_BYTES)
             try:
                 async with asyncio.timeout(self._options.auth_timeout_s):
                     await shake.welcome()
-                    bulk, transport = await incoming.bulk
+                    bulk, bulk_reader = await incoming.bulk
+                stand = partial(self._stand, them, control, bulk)
+                opening = LinkOpening(control, control_reader, bulk_reader, self._options, them.peer, stand)
+                link = await opening.run()
             finally:
                 del self._incoming[token]
-            grant = await receive_grant(ws, self._options, them.peer)
-            self._registry.judge(them, incoming=False)
-            # Before any frame of ours, and nothing can intervene until the link stands.
-            send_grant(ws, self._options)
-            await self._stand(them, ws, bulk, transport, grant).wait_closed()
+            await link.wait_closed()
         finally:
             incoming.ended.set()
 
     async def _serve_bulk(
-        self,
-        ws: web.WebSocketResponse,
-        transport: asyncio.Transport | None,
-        them: PeerIdentity,
-        token: bytes,
-        shake: ListenerHandshake,
-        admit: Callable[[], None],
+        self, bulk: Channel, hello: Hello, shake: ListenerHandshake, admit: Callable[[], None]
     ) -> None:
-        incoming = self._incoming.get(token)
-        if incoming is None or incoming.identity != them or incoming.bulk.done():
+        incoming = self._incoming.get(hello.token)
+        if incoming is None or incoming.identity != hello.identity or incoming.bulk.done():
             raise HandshakeFailed(CloseCode.REFUSED, "a bulk socket without its control socket")
         admit()
-        incoming.bulk.set_result((ws, transport))
+        reader = self._take_over(bulk, _BULK_READ_AHEAD_BYTES)
         await shake.welcome()
+        if not incoming.bulk.done():
+            incoming.bulk.set_result((bulk, reader))
         # aiohttp closes the websocket when its handler returns.
         await incoming.ended.wait()
 
-    async def _hang_up(self, sockets: list[WebSocket], code: CloseCode, reason: str) -> None:
-        told = reason.encode()[:120].decode(errors="ignore").encode()
-        for ws in sockets:
-            await ws.close(code=code, message=told)
+    async def _hang_up(self, channels: list[Channel], code: CloseCode, reason: str) -> None:
+        """Say why and let the transport finish; whoever does not read it does not hold us up."""
+        for channel in channels:
+            try:
+                channel.write_close(code, reason)
+            except ConnectionError:
+                channel.abort()
+            channel.transport.close()
+            await channel.ws.close()
 
     def _complain(self, where: str, reason: str) -> None:
         """One log line per source and minute."""

@@ -51,7 +51,9 @@ def encode_bulk_header(kind: int, body: object, payload_bytes: int, max_body_byt
     return data
 
 
-def decode_small(data: bytes, max_body_bytes: int, max_payload_bytes: int) -> tuple[int, object, memoryview | None]:
+def decode_small(
+    data: bytes | memoryview, max_body_bytes: int, max_payload_bytes: int
+) -> tuple[int, object, memoryview | None]:
     """`(kind, body, payload)` of one small message; the payload is owned, writable memory. Raises FrameError."""
     if len(data) > max_body_bytes + max_payload_bytes + _ENVELOPE_BYTES:
         raise FrameError(f"a small frame of {len(data)} bytes exceeds {max_body_bytes} + {max_payload_bytes}")
@@ -65,7 +67,7 @@ def decode_small(data: bytes, max_body_bytes: int, max_payload_bytes: int) -> tu
     return kind, body, memoryview(bytearray(payload))
 
 
-def decode_bulk_header(data: bytes, max_body_bytes: int, max_frame_bytes: int) -> tuple[int, object, int]:
+def decode_bulk_header(data: bytes | memoryview, max_body_bytes: int, max_frame_bytes: int) -> tuple[int, object, int]:
     """`(kind, body, payload_bytes)` of a bulk header, `1 <= payload_bytes <= max_frame_bytes`. Raises FrameError."""
     if len(data) > max_body_bytes + _ENVELOPE_BYTES:
         raise FrameError(f"a bulk header of {len(data)} bytes exceeds {max_body_bytes}")
@@ -97,8 +99,8 @@ def _check_encoded(kind: int, body: object, data: bytes, payload_bytes: int, max
 
 
 def _is_flat(body: object) -> bool:
-    if isinstance(body, list | tuple):
-        return all(type(entry) in _SCALARS for entry in body)
+    if type(body) is list or type(body) is tuple:
+        return _SCALARS.issuperset(map(type, body))
     return type(body) in _SCALARS
 
 
@@ -106,7 +108,7 @@ def _refuse_extension(code: int, data: bytes) -> object:
     raise FrameError(f"msgpack extension type {code} ({len(data)} bytes) is not part of the protocol")
 
 
-def _unpack(data: bytes, max_bin_bytes: int) -> tuple[int, object, object]:
+def _unpack(data: bytes | memoryview, max_bin_bytes: int) -> tuple[int, object, object]:
     try:
         message = msgpack.unpackb(
             data,

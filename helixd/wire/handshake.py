@@ -20,9 +20,9 @@ from aiohttp import WSMsgType
 
 from helixd.errors import ConfigError, PeerLost
 from helixd.ids import Incarnation, PeerId
+from helixd.wire.channel import WebSocket
 from helixd.wire.errors import AuthRejected, CloseCode, PeerRefused, VersionMismatch
 from helixd.wire.peers import INSTANCE_BYTES, MAX_PEER_ID_BYTES, PeerIdentity
-from helixd.wire.sockets import WebSocket
 
 PROTOCOL_VERSION = 1
 OLDEST_VERSION = 1

@@ -13,7 +13,7 @@ from typing import Any
 
 from helixd.errors import PeerLost
 from helixd.ids import Incarnation, PeerId
-from helixd.wire.bulk import empty_buffer
+from helixd.wire.bulk_receiver import empty_buffer
 from helixd.wire.counters import LinkCounters, LinkTally
 from helixd.wire.credits import CreditGate, CreditReturn, frame_charge
 from helixd.wire.errors import FrameError

@@ -4,7 +4,7 @@ aiohttp makes the connection and does the handshake; from then on this protocol 
 aiohttp's own reader copies a large message three to five times on its way, which alone costs more CPU than a raw socket
 spends on the whole transfer, and it needs a task switch for every message. Here a large payload is read by the kernel
 into its final buffer, and a small one is handed on from the loop's callback, so that nothing can delay the answer to a
-ping. What peers never send is refused: fragments, text, reserved bits, a wrong masking. Writing stays aiohttp's.
+ping. What peers never send is refused: fragments, text, pings, reserved bits, a wrong masking. Writing stays aiohttp's.
 """
 
 import asyncio
@@ -17,7 +17,6 @@ from helixd.wire.errors import FrameError
 
 _BINARY = 0x2
 _CLOSE = 0x8
-_PING = 0x9
 _PONG = 0xA
 _FIN = 0x80
 _MASKED = 0x80
@@ -87,12 +86,12 @@ class MessageReader(asyncio.BufferedProtocol):
         transport.set_protocol(self)
 
     def start(self, sink: MessageSink) -> None:
-        """Begin to deliver messages."""
-        self._sink = sink
+        """Begin to deliver messages, or deliver them to another sink from the next one on."""
+        first, self._sink = self._sink is None, sink
         if self._gone:
             sink.ended(None)
-            return
-        self._transport.resume_reading()
+        elif first:
+            self._transport.resume_reading()
 
     def stop(self) -> None:
         """Deliver nothing more; what still arrives is thrown away."""
@@ -115,7 +114,7 @@ class MessageReader(asyncio.BufferedProtocol):
                     self._finish_target(self._sink)
             else:
                 self._end += count
-                self._parse(self._sink)
+                self._parse()
         except FrameError as error:
             self._over = True
             self._sink.broken(error)
@@ -143,10 +142,11 @@ class MessageReader(asyncio.BufferedProtocol):
         """For aiohttp's writer."""
         self._inherited.resume_writing()
 
-    def _parse(self, sink: MessageSink) -> None:
+    def _parse(self) -> None:
         """Take everything complete out of the scratch buffer; direct a placed message's rest to its place."""
         scratch = self._scratch
-        while not self._over:
+        while not self._over and self._sink is not None:
+            sink = self._sink
             start, available = self._start, self._end - self._start
             if available < 2:
                 break
@@ -178,7 +178,7 @@ class MessageReader(asyncio.BufferedProtocol):
             if held < size:
                 self._wanted = header + size
                 break
-            self._start = payload + size
+            self._start, self._wanted = payload + size, 0
             self._deliver(sink, first & 0x0F, self._unmasked(scratch[payload : payload + size]))
         if self._start == self._end:
             self._start = self._end = self._wanted = 0
@@ -190,7 +190,7 @@ class MessageReader(asyncio.BufferedProtocol):
     def _check_header(self, first: int, second: int, size: int) -> None:
         if bool(second & _MASKED) != self._masked:
             raise FrameError("a websocket frame is masked the wrong way")
-        if not first & _FIN or first & 0x70 or first & 0x0F not in (_BINARY, _CLOSE, _PING, _PONG):
+        if not first & _FIN or first & 0x70 or first & 0x0F not in (_BINARY, _CLOSE, _PONG):
             raise FrameError(f"a websocket frame of sort {first:#04x} is not part of the protocol")
         if first & 0x08 and size > _MAX_CONTROL_BYTES:
             raise FrameError(f"a websocket control frame of {size} bytes")

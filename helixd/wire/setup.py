@@ -1,20 +1,14 @@
 """What each side of a fresh link grants the other: windows and sizes, exchanged once before the first frame.
 
 Each side sends what it is prepared to receive; the other keeps to it, so two daemons with different options understand
-each other.
+each other. The dialer speaks first; the listener answers when its own end of the link stands.
 """
 
-import asyncio
 from dataclasses import dataclass
 
-from aiohttp import WSMsgType
-
-from helixd.errors import PeerLost
 from helixd.wire.errors import FrameError
 from helixd.wire.frames import decode_small, encode_small
-from helixd.wire.handshake import closed_error
 from helixd.wire.options import KIB, WireOptions
-from helixd.wire.sockets import WebSocket, write_now
 
 KIND_SETUP = -1
 _SETUP_BODY_BYTES = 1024
@@ -44,7 +38,7 @@ class Grant:
         return encode_small(KIND_SETUP, body, None, _SETUP_BODY_BYTES)
 
     @classmethod
-    def decode(cls, message: bytes) -> "Grant":
+    def decode(cls, message: bytes | memoryview) -> "Grant":
         """Raises FrameError for anything but a setup message with usable numbers."""
         kind, body, _ = decode_small(message, _SETUP_BODY_BYTES, 0)
         if kind != KIND_SETUP or not isinstance(body, list) or len(body) < 6:
@@ -67,22 +61,3 @@ def own_grant(options: WireOptions) -> Grant:
         max_body_bytes=options.max_body_bytes,
         max_frame_bytes=options.max_frame_bytes,
     )
-
-
-def send_grant(control: WebSocket, options: WireOptions) -> None:
-    """Tell the peer what it may send. The dialer does so first, the listener when its own end of the link stands."""
-    write_now(control.send_bytes(own_grant(options).encode()))
-
-
-async def receive_grant(control: WebSocket, options: WireOptions, where: str) -> Grant:
-    """What the peer allows us to send, awaited for `auth_timeout_s`. Raises PeerLost or FrameError."""
-    try:
-        async with asyncio.timeout(options.auth_timeout_s):
-            message = await control.receive()
-    except TimeoutError as error:
-        raise PeerLost(where, f"sent no setup within {options.auth_timeout_s} s") from error
-    if message.type is WSMsgType.CLOSE:
-        raise closed_error(where, message.data or 0, message.extra or "")
-    if message.type is not WSMsgType.BINARY:
-        raise PeerLost(where, "closed the connection before the link stood")
-    return Grant.decode(message.data)

@@ -1,40 +1,38 @@
 """One link over two websockets: control (small frames, pings, credits) and bulk (large payloads in chunks).
 
-Tasks of a link: one receiver per socket, a consumer that calls the handler for small frames, the bulk writer, and a
-ticker for pings and deadlines. The control receiver never waits for anything but its socket: pings are answered there
-and small frames queued for the consumer, so a slow handler never delays a pong. That queue cannot overflow with an
-honest peer, because credits bound it; a peer that sends without credits has its link closed. The bulk receiver calls
-the handler itself: while it runs, the socket is not read and TCP holds the sender back.
+Both sockets are read from the loop's callbacks: pings are answered and credits taken there, and frames are queued for
+one consumer per class, which calls the handler; so a slow handler never delays a pong. The queues cannot overflow with
+an honest peer, because credits bound them; a peer that sends without credits has its link closed. Small frames are
+handed to the transport without waiting, for the same reason; large ones are written by a task of their own.
 
 Every message from the peer, on either socket, is a sign of life. Nothing is retried and nothing is buffered beyond the
-windows: a link either delivers in order or is closed, once, with a reason.
+windows: a link either delivers in order or is closed, once, with a reason. What a peer sent before it closed the link
+is still handled.
 """
 
 import asyncio
 import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from functools import partial
 from typing import Any
-
-from aiohttp import WSMessage, WSMsgType
 
 from helixd.errors import PeerLost
 from helixd.ids import Incarnation, PeerId
-from helixd.wire.bulk import BulkReceiver, BulkSender
+from helixd.wire.bulk import BulkSender
+from helixd.wire.bulk_receiver import BulkReceiver
+from helixd.wire.channel import Channel
 from helixd.wire.counters import LinkCounters, LinkTally
 from helixd.wire.credits import CreditGate, CreditReturn, frame_charge
 from helixd.wire.errors import CloseCode, FrameError
 from helixd.wire.frames import byte_view, decode_small, encode_bulk_header, encode_small
+from helixd.wire.inbox import Inbox
 from helixd.wire.link import Frame, FrameHandler, LinkMeasurement
 from helixd.wire.liveness import SilenceClock
 from helixd.wire.options import WireOptions
 from helixd.wire.peers import PeerIdentity
 from helixd.wire.probe import ProbeDesk, measure
 from helixd.wire.setup import Grant
-from helixd.wire.sockets import WebSocket, cut, remote_host, write_now
 
 KIND_PING = -2
 KIND_PONG = -3
@@ -42,10 +40,8 @@ KIND_CREDIT = -4
 KIND_PROBE = -5
 KIND_PROBE_TAKEN = -6
 
-_CLOSE_REASON_BYTES = 120
 _PINGS_PER_TICK = 64
 _REASON_GRACE_S = 0.1
-_ENDED = (WSMsgType.ERROR, WSMsgType.CLOSED, WSMsgType.CLOSING)
 _RTT_GAIN = 0.25
 
 logger = logging.getLogger(__name__)
@@ -54,16 +50,15 @@ logger = logging.getLogger(__name__)
 class WebSocketLink:
     """A `helixd.wire.link.Link` over two authenticated websockets to one life of one peer.
 
-    `bulk_transport` is the bulk socket's transport on the listening side, None on the dialing side. `on_closed` is
-    called exactly once. `start` must be called once before anything else.
+    Made by `helixd.wire.opening` when both sides have told what they grant. `on_closed` is called exactly once, if
+    `start` was. The link is the sink of its control socket and the owner of its bulk receiver.
     """
 
     def __init__(
         self,
         identity: PeerIdentity,
-        control: WebSocket,
-        bulk: WebSocket,
-        bulk_transport: asyncio.Transport | None,
+        control: Channel,
+        bulk: Channel,
         grant: Grant,
         options: WireOptions,
         spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]],
@@ -76,8 +71,13 @@ class WebSocketLink:
         self._options = options
         self._spawn = spawn
         self._on_closed = on_closed
-        self._remote_host = remote_host(control)
+        self._remote_host = control.remote_host
+        self._loop = asyncio.get_running_loop()
         self._closed: str | None = None
+        self._farewell: str | None = None
+        self._control_gone = asyncio.Event()
+        self._bulk_gone = asyncio.Event()
+        self._bulk_over = False
         self._torn_down = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._tally = LinkTally()
@@ -85,20 +85,20 @@ class WebSocketLink:
         self._ping_token = 0
         self._ping_sent_s = 0.0
         self._pings_answered = 0
-        self._loop = asyncio.get_running_loop()
         self._silence = SilenceClock(options.ping_interval_s, options.dead_after_s, self._loop.time())
         self._stuck = SilenceClock(options.ping_interval_s, options.send_deadline_s, self._loop.time())
         self._last_progress = 0
+        self._small_limit_bytes = min(options.small_payload_bytes, grant.small_payload_bytes)
         self._small_gate = CreditGate(grant.small_window_bytes)
-        self._small_return = CreditReturn(options.small_window_bytes)
+        self._small_inbox = Inbox(
+            CreditReturn(options.small_window_bytes), lambda credit: self._write_internal(KIND_CREDIT, [credit, 0])
+        )
         self._bulk_gate = CreditGate(grant.bulk_window_bytes)
-        self._bulk_return = CreditReturn(options.bulk_window_bytes)
-        self._small_queue: deque[tuple[Frame, int]] = deque()
-        self._farewell: str | None = None
-        self._small_wake = asyncio.Event()
-        chunk_bytes = min(options.chunk_bytes, grant.chunk_bytes)
-        self._bulk_sender = BulkSender(bulk, bulk_transport, self._bulk_gate, chunk_bytes)
-        self._bulk_receiver = BulkReceiver(options.max_body_bytes, options.max_frame_bytes, KIND_PROBE)
+        self._bulk_sender = BulkSender(bulk, self._bulk_gate, min(options.chunk_bytes, grant.chunk_bytes))
+        self.bulk_receiver = BulkReceiver(self, options, KIND_PROBE)
+        self._bulk_inbox = Inbox(
+            self.bulk_receiver.credits, lambda credit: self._write_internal(KIND_CREDIT, [0, credit])
+        )
         self._probes = ProbeDesk()
 
     @property
@@ -132,11 +132,20 @@ class WebSocketLink:
         return self._tally.snapshot()
 
     def start(self, handler: FrameHandler) -> None:
-        """Begin to deliver frames to `handler`."""
+        """Begin to deliver frames to `handler`, and to watch over the peer."""
+
+        async def handle(frame: Frame) -> None:
+            self._tally.frames_received += 1
+            try:
+                await handler(self, frame)
+            except Exception as error:
+                logger.exception("link peer=%s closed: handling a frame of kind %d failed", self.peer, frame.kind)
+                reason = f"a frame of kind {frame.kind} could not be handled"
+                self.fail(f"{reason}: {error!r}", told=reason)
+
         for name, work in (
-            ("control", self._receive_control),
-            ("small", partial(self._consume_small, handler)),
-            ("bulk", partial(self._receive_bulk, handler)),
+            ("small", lambda: self._small_inbox.run(handle, self._leave_if_done)),
+            ("bulk", lambda: self._bulk_inbox.run(handle, self._leave_if_done)),
             ("bulk-writer", self._bulk_sender.run),
             ("ticker", self._tick),
         ):
@@ -149,15 +158,15 @@ class WebSocketLink:
         if frame.kind < 0:
             raise FrameError(f"frame kind {frame.kind} is negative; those belong to the link")
         payload = None if frame.payload is None else byte_view(frame.payload)
-        if payload is not None and payload.nbytes > min(
-            self._options.small_payload_bytes, self._grant.small_payload_bytes
-        ):
+        if payload is not None and payload.nbytes > self._small_limit_bytes:
             await self._send_bulk(frame.kind, frame.body, payload)
             self._tally.bulk_frames_sent += 1
         else:
             message = encode_small(frame.kind, frame.body, payload, self._grant.max_body_bytes)
             gate = self._small_gate
-            await gate.acquire(frame_charge(len(message), gate.window_bytes))
+            charge = frame_charge(len(message), gate.window_bytes)
+            if not gate.take(charge):
+                await gate.acquire(charge)
             self._write_control(message)
         self._tally.frames_sent += 1
 
@@ -179,42 +188,135 @@ class WebSocketLink:
         if self._closed is not None:
             return
         self._closed = reason
+        self._say_goodbye(told)
         error = PeerLost(self.peer, reason)
-        if told is None:
-            cut(self._control)
-        if told is None or self._bulk_sender.waiting:
-            # Even when the peer is told (over control): half a bulk frame must not go on once send has raised.
-            cut(self._bulk)
         self._small_gate.fail(error)
         self._bulk_gate.fail(error)
         self._bulk_sender.fail(error)
         self._probes.fail(error)
+        self._small_inbox.stop()
+        self._bulk_inbox.stop()
         current = asyncio.current_task()
         for task in self._tasks:
             if task is not current:
                 task.cancel()
-        self._spawn(self._tear_down(told), f"link {self.peer} teardown")
+        self._spawn(self._tear_down(), f"link {self.peer} teardown")
         self._on_closed(self, reason)
 
-    async def _tear_down(self, told: str | None) -> None:
+    def place(self, _: int) -> memoryview | None:
+        """Control messages are small and have no place of their own."""
+        return None
+
+    def placed(self) -> None:
+        """Never happens on the control socket."""
+
+    def message(self, data: memoryview) -> None:
+        """One message of the control socket."""
+        self.heard(data.nbytes)
+        options = self._options
+        kind, body, payload = decode_small(data, options.max_body_bytes, options.small_payload_bytes)
+        if kind < 0:
+            self._internal(kind, body)
+            return
+        charge = frame_charge(data.nbytes, options.small_window_bytes)
+        self._small_inbox.credits.took(charge)
+        self._small_inbox.put(Frame(kind, body, payload), charge)
+
+    def heard(self, size_bytes: int) -> None:
+        """Any message is a sign of life."""
+        self._silence.heard()
+        self._tally.bytes_received += size_bytes
+
+    def bulk_arrived(self, kind: int, body: object, payload: memoryview | None, charge: int) -> None:
+        """A whole frame of the bulk socket."""
+        if kind >= 0:
+            self._tally.bulk_frames_received += 1
+            self._bulk_inbox.put(Frame(kind, body, payload), charge)
+            return
+        if kind != KIND_PROBE or not isinstance(body, list) or len(body) != 1 or type(body[0]) is not int:
+            raise FrameError(f"an unknown bulk frame of kind {kind}")
+        self._write_internal(KIND_PROBE_TAKEN, [body[0]])
+        self._bulk_inbox.done(charge)
+
+    def bulk_abandoned(self, charge: int) -> None:
+        """The sender of a bulk frame was cancelled."""
+        self._bulk_inbox.done(charge)
+
+    def closing(self, code: int, reason: str) -> None:
+        """The peer closed the link; what it sent before is handled first. If that takes long, silence ends the link."""
+        self._farewell = f"the peer closed the link: {reason or code}"
+        self._leave_if_done()
+
+    def bulk_closing(self, reason: str) -> None:
+        """The bulk half of the peer's goodbye; the control socket brings the same."""
+        self._bulk_over = True
+        self._leave_if_done()
+        self._loop.call_later(_REASON_GRACE_S, self._miss_control, reason)
+
+    def ended(self, error: Exception | None) -> None:
+        """The control connection is gone."""
+        self._control_gone.set()
+        if self._farewell is None:
+            self.fail(f"connection lost: {error or 'the peer is gone'}")
+
+    def bulk_ended(self) -> None:
+        """The bulk connection is gone; the control socket usually brings the reason at the same time."""
+        self._bulk_gone.set()
+        self._bulk_over = True
+        self._leave_if_done()
+        self._loop.call_later(_REASON_GRACE_S, self._miss_control, "the bulk connection ended")
+
+    def broken(self, error: FrameError) -> None:
+        """The peer broke the protocol."""
+        logger.warning("link peer=%s closed: it broke the protocol: %s", self.peer, error)
+        self.fail(f"the peer broke the protocol: {error}", told=f"you broke the protocol: {error}")
+
+    def _miss_control(self, reason: str) -> None:
+        if self._farewell is None:
+            self.fail(f"connection lost: {reason}")
+
+    def _leave_if_done(self) -> None:
+        done = self._small_inbox.empty and self._bulk_inbox.empty
+        if self._farewell is not None and self._bulk_over and done:
+            self.fail(self._farewell, told="")
+
+    def _say_goodbye(self, told: str | None) -> None:
         try:
-            reason = (told or "").encode()[:_CLOSE_REASON_BYTES].decode(errors="ignore").encode()
+            if told is None:
+                self._control.abort()
+            else:
+                self._control.write_close(CloseCode.NORMAL, told)
+            if told is None or self._bulk_sender.waiting:
+                # Even when the peer is told: half a bulk frame must not go on once its sender has been let go.
+                self._bulk.abort()
+            else:
+                self._bulk.write_close(CloseCode.NORMAL, told)
+        except ConnectionError:
+            self._control.abort()
+            self._bulk.abort()
+        if self._farewell is not None:
+            # Both sides have spoken. The transports still write what they hold.
+            self._control.transport.close()
+            self._bulk.transport.close()
+
+    async def _tear_down(self) -> None:
+        try:
             async with asyncio.timeout(self._options.close_timeout_s):
-                await self._control.close(code=CloseCode.NORMAL, message=reason)
-                await self._bulk.close(code=CloseCode.NORMAL, message=reason)
+                await self._control_gone.wait()
+                await self._bulk_gone.wait()
         except TimeoutError:
             logger.debug("link peer=%s: no answer to the close within %s s", self.peer, self._options.close_timeout_s)
         finally:
-            cut(self._control)
-            cut(self._bulk)
+            self._control.abort()
+            self._bulk.abort()
             self._torn_down.set()
+        # Only aiohttp's own bookkeeping is left; the connections are gone.
+        await self._control.ws.close()
+        await self._bulk.ws.close()
 
     async def _guard(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         try:
             await work()
-        except FrameError as error:
-            logger.warning("link peer=%s closed: bad data on %s: %s", self.peer, name, error)
-            self.fail(f"the peer broke the protocol: {error}", told=f"you broke the protocol: {error}")
         except (ConnectionError, PeerLost) as error:
             self.fail(f"connection lost: {error}")
         except Exception as error:
@@ -235,111 +337,16 @@ class WebSocketLink:
 
     def _write_control(self, message: bytes) -> None:
         try:
-            write_now(self._control.send_bytes(message))
+            self._control.write_now(message)
         except ConnectionError as error:
             self.fail(f"connection lost: {error}")
             raise PeerLost(self.peer, f"connection lost: {error}") from error
         self._tally.bytes_sent += len(message)
 
     def _write_internal(self, kind: int, body: list[int]) -> None:
-        self._write_control(encode_small(kind, body, None, self._grant.max_body_bytes))
-
-    def _return_credits(self, small: int, bulk: int) -> None:
-        if small or bulk:
-            self._write_internal(KIND_CREDIT, [small, bulk])
-
-    async def _receive_control(self) -> None:
-        options, window_bytes = self._options, self._options.small_window_bytes
-        while self._closed is None:
-            message = await self._control.receive()
-            if message.type is not WSMsgType.BINARY:
-                self._other_message(message)
-                if self._farewell is not None:
-                    return
-                continue
-            data = message.data
-            self._silence.heard()
-            self._tally.bytes_received += len(data)
-            kind, body, payload = decode_small(data, options.max_body_bytes, options.small_payload_bytes)
-            if kind < 0:
-                self._internal(kind, body)
-                continue
-            charge = frame_charge(len(data), window_bytes)
-            self._small_return.took(charge)
-            self._small_queue.append((Frame(kind, body, payload), charge))
-            self._small_wake.set()
-
-    async def _consume_small(self, handler: FrameHandler) -> None:
-        queue = self._small_queue
-        while self._closed is None:
-            while queue:
-                frame, charge = queue.popleft()
-                await self._handle(handler, frame)
-                if self._closed is not None:
-                    return
-                self._return_credits(self._small_return.handled(charge), 0)
-            if self._farewell is not None:
-                self.fail(self._farewell, told="")
-                return
-            self._small_wake.clear()
-            await self._small_wake.wait()
-
-    async def _receive_bulk(self, handler: FrameHandler) -> None:
-        receiver, window_bytes = self._bulk_receiver, self._options.bulk_window_bytes
-        charge = 0
-        while self._closed is None:
-            message = await self._bulk.receive()
-            if message.type is not WSMsgType.BINARY:
-                if message.type in _ENDED:
-                    # The control socket usually brings the reason at the same time.
-                    await asyncio.sleep(_REASON_GRACE_S)
-                self._other_message(message)
-                if self._farewell is not None:
-                    return
-                continue
-            data = message.data
-            self._silence.heard()
-            self._tally.bytes_received += len(data)
-            payload_bytes = receiver.header(data)
-            if payload_bytes is not None:
-                charge = frame_charge(payload_bytes, window_bytes)
-                self._bulk_return.took(charge)
-                continue
-            ended = receiver.chunk(data)
-            if ended is None:
-                continue
-            kind, body, payload, whole = ended
-            if kind < 0:
-                self._probe_arrived(kind, body, whole)
-            elif whole:
-                self._tally.bulk_frames_received += 1
-                await self._handle(handler, Frame(kind, body, payload))
-                if self._closed is not None:
-                    return
-            self._return_credits(0, self._bulk_return.handled(charge))
-
-    async def _handle(self, handler: FrameHandler, frame: Frame) -> None:
-        self._tally.frames_received += 1
-        try:
-            await handler(self, frame)
-        except Exception as error:
-            logger.exception("link peer=%s closed: the handler of a frame of kind %d failed", self.peer, frame.kind)
-            self.fail(
-                f"handler of a frame of kind {frame.kind} failed: {error!r}",
-                told=f"a frame of kind {frame.kind} could not be handled",
-            )
-
-    def _other_message(self, message: WSMessage) -> None:
-        if message.type is WSMsgType.CLOSE:
-            # What the peer sent before it closed is still handled; if that takes long, the silence ends the link.
-            self._farewell = self._farewell or f"the peer closed the link: {message.extra or message.data}"
-            self._small_wake.set()
-        elif message.type is WSMsgType.ERROR:
-            self.fail(f"connection lost: {message.data}")
-        elif message.type in (WSMsgType.CLOSED, WSMsgType.CLOSING):
-            self.fail("the peer's connection ended without a word")
-        elif message.type is not WSMsgType.PONG:
-            raise FrameError(f"a websocket message of type {message.type.name}")
+        """Write a message of the link itself; if the connection is gone, its end is already on the way."""
+        if self._closed is None and not self._control.transport.is_closing():
+            self._write_control(encode_small(kind, body, None, self._grant.max_body_bytes))
 
     def _internal(self, kind: int, body: object) -> None:
         numbers = body if isinstance(body, list) else []
@@ -398,9 +405,3 @@ class WebSocketLink:
         token, answered = self._probes.expect()
         await self._send_bulk(KIND_PROBE, [token], payload)
         await answered
-
-    def _probe_arrived(self, kind: int, body: object, whole: bool) -> None:
-        if kind != KIND_PROBE or not isinstance(body, list) or len(body) != 1 or type(body[0]) is not int:
-            raise FrameError(f"an unknown bulk frame of kind {kind}")
-        if whole:
-            self._write_internal(KIND_PROBE_TAKEN, [body[0]])
