@@ -34,3 +34,14 @@ def install_uvloop() -> bool:
         return False
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     return True
+
+
+def release_free_memory() -> bool:
+    """Give freed heap back to the system, once after something large (loading weights); True if there was some.
+
+    `tune_malloc` keeps what is freed for reuse, which is right for messages and wrong for a checkpoint's buffers.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    return hasattr(libc, "malloc_trim") and libc.malloc_trim(ctypes.c_size_t(0)) == 1

@@ -18,6 +18,7 @@ from helixd.layers import LayerRange
 from helixd.model.decoder import DecoderConfig, DType
 from helixd.model.sizes import layer_bytes
 from helixd.model.weights import WeightSource
+from helixd.wire.tuning import release_free_memory
 from helixd.worker.batcher import BatchLimits
 from helixd.worker.compute import ComputeThread, NodeCompute
 from helixd.worker.measure import measured_layer_times
@@ -122,6 +123,7 @@ class NodeHost:
                     head=layers.end == self.model.config.num_layers, progress=progress,
                 )  # fmt: skip
                 await self._thread.run(self.engine.set_kv_capacity, kv_token_layers)
+                await self._loader.run(release_free_memory)
             except (MemoryError, RuntimeError) as error:
                 raise HelixError(
                     f"node {self.setup.node} could not load layers {layers} on {self.setup.device}: {error}; "
