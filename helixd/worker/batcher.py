@@ -1,8 +1,8 @@
 """Which queued passes a node computes next: decode first, prefill in chunks. Pure; knows no tensors and no clock.
 
-Passes of one sequence run in the order they were added. A sequence with one queued row counts as decoding; it is never
-kept waiting behind prefill rows of others. A prefill pass longer than the chunk is cut, so that decode steps overtake
-it between chunks. Queues are bounded by what admission lets in; nothing is dropped here.
+Passes of one sequence run in the order they were added. A sequence whose next pass is one row counts as decoding; it
+is never kept waiting behind prefill rows of others. A prefill pass longer than the chunk is cut, so that decode steps
+overtake it between chunks. Queues are bounded by what admission lets in; nothing is dropped here.
 """
 
 from collections import OrderedDict, deque
@@ -95,12 +95,13 @@ class Batcher:
         and always go.
         """
         batch: list[Pass] = []
+        prefills = list(self._prefills)
         for handle in list(self._decodes):
             if len(batch) >= min(self.limits.max_sequences, self.limits.max_tokens):
                 break
             batch.append(self._take(self._decodes, handle, at_most=1))
         room = min(self.limits.chunk_tokens, self.limits.max_tokens - len(batch))
-        for handle in list(self._prefills):
+        for handle in prefills:
             if room <= 0 or len(batch) >= self.limits.max_sequences:
                 break
             if held_back(handle):
@@ -111,19 +112,17 @@ class Batcher:
         self._queued_tokens -= sum(item.n for item in batch)
         return batch
 
-    def _take(
-        self, queues: OrderedDict[SequenceId, deque[Pass]], handle: SequenceId, at_most: int | None = None
-    ) -> Pass:
-        """The head of a sequence's queue, cut to `at_most` rows; what is left waits behind the others."""
-        queue = queues[handle]
+    def _take(self, queues: OrderedDict[SequenceId, deque[Pass]], handle: SequenceId, at_most: int) -> Pass:
+        """The head of a sequence's queue, cut to `at_most` rows; the rest waits where its next pass belongs."""
+        queue = queues.pop(handle)
         item = queue.popleft()
-        if at_most is not None and item.n > at_most:
+        if item.n > at_most:
             item, rest = item.split(at_most)
             queue.appendleft(rest)
-        del queues[handle]
-        if queue:
+        if queue and queue[0].n == 1:
+            self._decodes[handle] = queue
+        elif queue:
+            self._prefills[handle] = queue
             # A half-done prefill keeps its place: finishing one prompt serves a client sooner than halving two.
-            queues[handle] = queue
-            if queues is self._prefills:
-                queues.move_to_end(handle, last=False)
+            self._prefills.move_to_end(handle, last=False)
         return item

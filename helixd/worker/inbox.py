@@ -97,7 +97,7 @@ class SequenceBook:
         self._tombstones.move_to_end(sequence)
         while len(self._tombstones) > TOMBSTONES:
             self._tombstones.popitem(last=False)
-        self._forget_early(sequence)
+        self._forget_early(sequence, up_to=attempt)
         found = self._open.get(sequence)
         if found is None or found.attempt > attempt:
             return None
@@ -110,12 +110,11 @@ class SequenceBook:
         self._early.setdefault(sequence, []).append(early)
         self._early_bytes += _size(early.item)
         while self._early and self._early_bytes > EARLY_BYTES:
-            self._forget_early(next(iter(self._early)))
-            self.stale_frames += 1
+            self.stale_frames += len(self._forget_early(next(iter(self._early))))
 
     def take_early(self, sequence: SequenceId, attempt: Attempt) -> list[Pass]:
-        """The passes that were waiting for this attempt's `open`."""
-        waiting = self._forget_early(sequence)
+        """The passes that were waiting for this attempt's `open`; those of lower attempts are forgotten."""
+        waiting = self._forget_early(sequence, up_to=attempt)
         return [early.item for early in waiting if early.attempt == attempt]
 
     def expire_early(self, now_s: float) -> None:
@@ -139,10 +138,14 @@ class SequenceBook:
             local.expected += following.n
         return ready
 
-    def _forget_early(self, sequence: SequenceId) -> list[Early]:
+    def _forget_early(self, sequence: SequenceId, up_to: Attempt | None = None) -> list[Early]:
+        """Take out what waits for a sequence, of attempts `up_to` this one only: a later one's `open` may be near."""
         waiting = self._early.pop(sequence, [])
-        self._early_bytes -= sum(_size(early.item) for early in waiting)
-        return waiting
+        taken = [early for early in waiting if up_to is None or early.attempt <= up_to]
+        if len(taken) < len(waiting):
+            self._early[sequence] = [early for early in waiting if up_to is not None and early.attempt > up_to]
+        self._early_bytes -= sum(_size(early.item) for early in taken)
+        return taken
 
 
 def _size(item: Pass) -> int:
