@@ -3,10 +3,11 @@
 # ensure_venv [EXTRA]   make or update .venv with helixd and its dependencies (EXTRA: an extra of pyproject.toml, such as
 #                       dev). Does nothing if that was done for the present pyproject.toml.
 #
+# HELIXD_VENV    an environment to use as it is, instead of .venv: nothing is made or installed
 # HELIXD_PYTHON  the Python to make .venv with (default: the first of python3, python3.11 ... that is 3.11 or later)
 # HELIXD_TORCH   "default": where pip offers no CPU-only torch, take the default one, gigabytes of CUDA libraries included
 
-VENV=.venv
+VENV=${HELIXD_VENV:-.venv}
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -67,6 +68,10 @@ or take the default one: HELIXD_TORCH=default $0"
 
 ensure_venv() {
     local extra=${1:-} stamp wanted python requirement constraints
+    if [ -n "${HELIXD_VENV:-}" ]; then
+        [ -x "$VENV/bin/python" ] || fail "HELIXD_VENV is $VENV, but there is no $VENV/bin/python"
+        return
+    fi
     stamp=$VENV/.helixd-installed${extra:+-$extra}
     if [ ! -x "$VENV/bin/python" ] || ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
         python=$(find_python) || exit 1
