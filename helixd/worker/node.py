@@ -324,6 +324,8 @@ class NodeRuntime:
 
     def _discard(self, local: LocalSequence) -> None:
         self._batcher.drop(local.handle)
+        # A step closes before it opens: what the engine has not seen yet must not be opened after its end.
+        self._opens = [spec for spec in self._opens if spec.id != local.handle]
         self._closes.append((local.handle, local))
         self._work.set()
 
