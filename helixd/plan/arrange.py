@@ -6,7 +6,7 @@ neighbourhoods and what two stages carry is remembered, so tens of thousands of 
 links between them and clusters where a node sees only some others are the same problem here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import exp
 from random import Random
 
@@ -33,14 +33,12 @@ class Arrangement:
         self._members = [list(nodes) for _, nodes in stages]
         self._order = list(range(len(stages)))
         used = {node for _, nodes in stages for node in nodes}
-        self._spare = [
-            node.id for node in holding.usable() if node.id not in used and not holding.must_hold(node.id)
-        ]
+        self._spare = [node.id for node in holding.usable() if node.id not in used and not holding.must_hold(node.id)]
         self._nodes = {node.id: node for node in holding.spec.nodes}
         self._carries: dict[tuple[int, Members, int, Members], float] = {}
         self._capacity: dict[tuple[NodeId, int], float] = {}
 
-    def anneal(self, moves: int, *, seed: int = 0) -> float:
+    def anneal(self, moves: int, *, seed: int = 0, out_of_time: Callable[[], bool] = lambda: False) -> float:
         """Rearrange; returns the energy left (0: every neighbourhood carries the wanted flow)."""
         random = Random(seed)  # noqa: S311
         energy = sum(self._gap(at) for at in range(len(self._order) + 1)) + sum(
@@ -48,7 +46,7 @@ class Arrangement:
         )
         best, kept = energy, self._snapshot()
         for move in range(moves):
-            if best <= 1e-9 * self._flow:
+            if best <= 1e-9 * self._flow or (move % 256 == 0 and out_of_time()):
                 break
             warmth = self._flow * 0.15 * 0.02 ** (move / moves)
             change = self._try_move(random, warmth)
@@ -172,7 +170,9 @@ class Arrangement:
         carried = sum(
             min(
                 self._rate(node, layers),
-                self._flows.link_capacity(COORDINATOR, node) if inward else self._flows.link_capacity(node, COORDINATOR),
+                self._flows.link_capacity(COORDINATOR, node)
+                if inward
+                else self._flows.link_capacity(node, COORDINATOR),
             )
             for node in self._members[stage]
         )

@@ -19,6 +19,16 @@ from helixd.plan.holding import Holding
 Placement = dict[NodeId, LayerRange]
 
 
+def least_cover(holding: Holding, placement: Mapping[NodeId, LayerRange]) -> float:
+    """The flow of a placement where links do not bind: what its least covered layer has."""
+    cover = [0.0] * holding.num_layers
+    for node, held in placement.items():
+        rate = node_capacity(holding.spec, holding.node(node), len(held))
+        for layer in held.layers():
+            cover[layer] += rate
+    return min(cover)
+
+
 class CoverSearch:
     """Gibbs moves over the ranges of the free nodes of one cluster; pinned nodes stay. Same seed, same result."""
 

@@ -30,6 +30,10 @@ class Holding:
         for node in spec.nodes:
             self._check_pins(node)
 
+    def node(self, node: NodeId) -> NodeSpec:
+        """The node of that id. Raises KeyError."""
+        return self._nodes[node]
+
     def usable(self) -> tuple[NodeSpec, ...]:
         """Nodes that may hold anything at all."""
         return tuple(node for node in self.spec.nodes if not node.exclude and self._most[node.id][0, 0] > 0)

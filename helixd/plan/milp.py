@@ -48,11 +48,18 @@ class Solution:
 
 
 def solve(
-    program: Program, *, time_limit_s: float = 10.0, seed: int = 0, gap: float = 1e-6, node_limit: int | None = None
+    program: Program,
+    *,
+    time_limit_s: float = 10.0,
+    seed: int = 0,
+    gap: float = 1e-6,
+    node_limit: int | None = None,
+    hasty: bool = False,
 ) -> Solution | None:
     """The best point found; None if there is none (infeasible, or nothing found within the limits).
 
-    `node_limit` bounds the search tree the same way on a fast and on a slow machine.
+    `node_limit` bounds the search tree the same way on a fast and on a slow machine. `hasty`: without presolve and
+    heuristics, which take longer than a tiny program does.
     """
     highs = highspy.Highs()  # type: ignore[no-untyped-call]
     for option, value in (
@@ -65,6 +72,9 @@ def solve(
         ("mip_abs_gap", 1e-9),
     ):
         highs.setOptionValue(option, value)
+    if hasty:
+        highs.setOptionValue("presolve", "off")
+        highs.setOptionValue("mip_heuristic_effort", 0.0)
     if node_limit is not None:
         highs.setOptionValue("mip_max_nodes", node_limit)
     lp = highspy.HighsLp()

@@ -99,33 +99,6 @@ def _unlikeness(a: Kind, b: Kind) -> float:
     return lost
 
 
-def capacity_bound(holding: Holding) -> float:
-    """The largest F with `sum over nodes of max_j j * min(T(j), F) >= F * num_layers`: no placement carries more.
-
-    Between neighbouring values of T the slack is convex in F, so it is enough to look at those and bisect once.
-    """
-    spec = holding.spec
-    curves = [
-        [node_capacity(spec, node, layers) for layers in range(1, holding.max_layers(node.id) + 1)]
-        for node in holding.usable()
-    ]
-    loose = sum(max(j * rate for j, rate in enumerate(curve, 1)) for curve in curves) / holding.num_layers
-
-    def enough(flow: float) -> bool:
-        held = sum(max(j * min(rate, flow) for j, rate in enumerate(curve, 1)) for curve in curves)
-        return held >= flow * holding.num_layers * (1 - 1e-12)
-
-    if enough(loose):
-        return loose
-    ends = sorted({rate for curve in curves for rate in curve if rate < loose} | {0.0}, reverse=True)
-    low = next(flow for flow in ends if enough(flow))
-    high = min((flow for flow in ends if flow > low), default=loose)
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if enough(middle) else (low, middle)
-    return high
-
-
 def cover(
     kinds: Sequence[Kind],
     num_layers: int,

@@ -211,7 +211,7 @@ def test_survive_1_keeps_a_pipeline_whoever_is_lost() -> None:
 
 def test_same_seed_same_plan() -> None:
     spec = cluster([node(f"n{i}", [(90 + 7 * i) / j for j in range(1, 5)]) for i in range(7)], 9)
-    assert plan_cluster(spec, seed=3) == plan_cluster(spec, seed=3)
+    assert plan_cluster(spec, seed=3, time_limit_s=1) == plan_cluster(spec, seed=3, time_limit_s=1)
 
 
 def test_a_clock_that_has_run_out_still_leaves_a_plan() -> None:
@@ -242,7 +242,7 @@ def tiny_clusters(draw: st.DrawFn) -> ClusterSpec:
     return cluster(nodes, num_layers, links)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(tiny_clusters())
 def test_tiny_clusters_come_out_optimal(spec: ClusterSpec) -> None:
     best = brute_force(spec)
@@ -262,6 +262,6 @@ def test_tiny_clusters_come_out_optimal(spec: ClusterSpec) -> None:
 )
 def test_published_clusters_beat_the_published_flow(name: str, flow: float) -> None:
     spec = parse_cluster(json.loads((shared_clusters() / f"{name}.json").read_text()))
-    plan = plan_cluster(spec, objective="max-flow")
+    plan = plan_cluster(spec, objective="max-flow", time_limit_s=2)
     check(spec, plan)
     assert plan.max_flow_tokens_per_s >= flow
