@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +22,8 @@ ROOT = Path(__file__).parents[1]
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
-def add_tokenizer(path: Path) -> None:
-    """A byte-level tokenizer of as many ids as the model has: 256 bytes, then merges that no text needs."""
-    vocab_size = json.loads((path / "config.json").read_text())["vocab_size"]
+def byte_tokenizer(vocab_size: int) -> Tokenizer:
+    """256 bytes, then entries up to `vocab_size` that no text needs."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: at for at, letter in enumerate(alphabet)}
     for at in range(len(vocab), vocab_size):
@@ -32,10 +31,15 @@ def add_tokenizer(path: Path) -> None:
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.save(str(path / "tokenizer.json"))
+    return backend
+
+
+def add_tokenizer(path: Path) -> None:
+    """Give a checkpoint a byte tokenizer of as many ids as the model has, a chat template, and no end token."""
+    config = json.loads((path / "config.json").read_text())
+    byte_tokenizer(config["vocab_size"]).save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     (path / "generation_config.json").write_text("{}")
-    config = json.loads((path / "config.json").read_text())
     for key in ("eos_token_id", "bos_token_id"):
         config.pop(key, None)
     (path / "config.json").write_text(json.dumps(config))
@@ -64,6 +68,9 @@ class Daemon:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+    def wait_exit(self, within_s: float = 30.0) -> int:
+        return self.process.wait(within_s)
 
 
 @dataclass(slots=True)
@@ -105,6 +112,30 @@ class Daemons:
             name, "--role", "worker", "--coordinator", self.peers, "--memory", memory, "--device", "cpu",
             "--set", f"node.id={name}", *arguments,
         )  # fmt: skip
+
+    def pinned_cluster(self, model: Path | str, stages: Mapping[str, tuple[int, int]], *arguments: str) -> None:
+        """A coordinator and one worker per stage, which holds exactly those layers."""
+        config = self.home / "cluster.toml"
+        pins = "".join(f'[planner.pins."{name}"]\nrange = [{a}, {b}]\n' for name, (a, b) in stages.items())
+        config.write_text(f"[planner]\nwait_for_nodes = {len(stages)}\n{pins}")
+        self.coordinator(model, "--config", str(config), *arguments)
+        for name in stages:
+            self.worker(name, "8MiB")
+
+    def alone(self, model: Path | str, *arguments: str) -> Daemon:
+        """Coordinator and worker in one process."""
+        self.api, self.peers = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+        return self.start(
+            "alone", "--model", str(model), "--listen", self.api, "--peer-listen", self.peers, "--memory", "32MiB",
+            "--device", "cpu", "--set", "planner.settle=0", *arguments,
+        )  # fmt: skip
+
+    def post(self, path: str, body: object) -> Any:
+        request = urllib.request.Request(
+            f"http://{self.api}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
 
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(f"http://{self.api}{path}", timeout=10) as answer:
