@@ -124,8 +124,7 @@ class Admission:
         try:
             return await waiter.lease
         except asyncio.CancelledError:
-            if not self._queue.remove(ticket) and waiter.lease.done() and not waiter.lease.cancelled():
-                self.forget(waiter.lease.result())
+            self._queue.remove(ticket)
             raise
 
     def forget(self, lease: Lease) -> None:
@@ -177,6 +176,7 @@ class Admission:
         except NoRoute as error:
             return self._is_hopeless(waiter, error)
         self._holders[waiter.run.id] = (waiter.run, lease)
+        waiter.run.begin(lease)
         waiter.lease.set_result(lease)
         return True
 

@@ -82,7 +82,10 @@ class Hub(Protocol):
     """What a sequence needs of the coordinator."""
 
     async def acquire(self, run: "SequenceRun") -> Lease:
-        """A reserved route, waiting in line if need be. Raises NoRoute when there will be none."""
+        """A reserved route, waiting in line if need be. Raises NoRoute when there will be none.
+
+        `run.begin(lease)` is called at the moment of the grant: the route may break before the waiter gets to run.
+        """
         ...
 
     def send(self, node: NodeId, message: Message, payload: memoryview | None = None) -> None:
@@ -114,6 +117,7 @@ class SequenceRun:
         hub: Hub, limits: SequenceLimits, emit: Callable[[Event], Awaitable[None]],
     ) -> None:  # fmt: skip
         self.id = sequence
+        self.request_id = request.request_id
         self.prompt = request.prompt
         self.text = text
         self.lease: Lease | None = None
@@ -144,6 +148,12 @@ class SequenceRun:
         """Whether it has had a route before: such a sequence is never refused, only delayed."""
         return self.attempts > 0
 
+    def begin(self, lease: Lease) -> None:
+        """A route is granted; it is this sequence's to give back from now on."""
+        self.lease = lease
+        self.attempts += 1
+        self.routed.set()
+
     def deliver(self, arrival: Arrival) -> None:
         """Something arrived for this sequence; what belongs to an older attempt is dropped."""
         if self.lease is None or arrival.attempt != self.lease.attempt:
@@ -153,16 +163,18 @@ class SequenceRun:
             self._inbox.get_nowait()
             arrival = Broken(self.lease.attempt, "overflow", "more arrived for this sequence than it can take")
         self._inbox.put_nowait(arrival)
+        if isinstance(arrival, Broken):
+            # A client that reads slowly may keep `run` waiting; what the route holds must not wait for it.
+            self._give_back()
 
     async def run(self) -> None:
         """Generate until the choice is finished. Raises PipelineLost or NoRoute."""
-        while self.text.finished is None and (self.max_tokens > 0 or self._scores_missing):
-            self.lease = await self._hub.acquire(self)
-            self.attempts += 1
-            self.routed.set()
+        if self._scores is not None and not self._scores_missing:
+            await self._emit(PromptScored(tuple(self._scores)))
+        while self._unfinished:
             before = self.tokens
             try:
-                await self._attempt(self.lease)
+                await self._attempt(await self._hub.acquire(self))
             except AttemptBroken as broken:
                 self.last_break = f"{broken.code}: {broken}"
                 # A preempted attempt that got nowhere counts too: one that never fits must not be tried for ever.
@@ -173,18 +185,26 @@ class SequenceRun:
                         f"the pipeline broke {self.migrations} times, the last time with {broken.code}; giving up"
                     ) from broken
             finally:
-                lease, self.lease = self.lease, None
+                self._give_back()
                 while not self._inbox.empty():
                     self._inbox.get_nowait()
-                self._hub.release(lease)
         await self._emit(Finished(self._choice, self.text.finished or "length", len(self.text.ids)))
+
+    @property
+    def _unfinished(self) -> bool:
+        return self.text.finished is None and (self.max_tokens > 0 or self._scores_missing > 0)
+
+    def _give_back(self) -> None:
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            self._hub.release(lease)
 
     async def _attempt(self, lease: Lease) -> None:
         ids = (*self.prompt, *self.text.ids)
         self._open(lease, ids)
         self._feed(lease, 0, ids)
         rows = len(ids)
-        while self.text.finished is None and (self.max_tokens > 0 or self._scores_missing):
+        while self._unfinished:
             match await self._next(lease, rows):
                 case Broken(code=code, reason=reason):
                     raise AttemptBroken(code, reason)
