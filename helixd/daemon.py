@@ -79,6 +79,7 @@ async def _main(config: Config, state: StateDir) -> int:
                     logs.event(log, logging.WARNING, "stopped_before_drained")
             raise Stopped
     except* Stopped:
+        logs.event(log, logging.INFO, "stopped")
         status = Exit.OK
     except* (JoinRefused, AuthRejected, VersionMismatch, PeerRefused) as errors:
         logs.event(log, logging.ERROR, "rejected", reason=str(_first(errors)))
@@ -188,6 +189,7 @@ class Daemon:
         if self.peer_address is None:
             self.peer_address = bound
         options = WorkerOptions(
+            name=config.node.name,
             advertise=advertise.host if advertise is not None else "",
             port=advertise.port if advertise is not None and advertise.port else bound[1],
             local_fingerprint=checkpoint.fingerprint if checkpoint is not None else "",
@@ -208,7 +210,7 @@ class Daemon:
         for setup in setups:
             logs.event(
                 log, logging.INFO, "node", node=setup.node, device=setup.device, name=setup.device_name,
-                memory_gib=round(setup.memory_budget_bytes / 2**30, 3),
+                memory_mib=round(setup.memory_budget_bytes / 2**20),
             )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import socket
 from pathlib import Path
 from typing import Self
 
+from helixd import logs
 from helixd.errors import HelixError
 from helixd.ids import Epoch, Incarnation, PeerId
 
@@ -63,7 +64,7 @@ class StateDir:
         try:
             self._write()
         except StateError as error:
-            log.warning("%s", error)
+            logs.event(log, logging.WARNING, "epoch_not_kept", epoch=epoch, reason=str(error))
 
     def close(self) -> None:
         """Let another daemon use the directory."""
@@ -90,7 +91,8 @@ def _read(path: Path) -> dict[str, object]:
     except (OSError, ValueError) as error:
         # A new identity is better than no daemon; the old file is kept for whoever wonders.
         path.rename(path.with_suffix(".bad"))
-        log.warning("%s is unreadable (%s), kept as %s; starting as a new peer", path, error, path.with_suffix(".bad"))
+        kept = str(path.with_suffix(".bad"))
+        logs.event(log, logging.WARNING, "identity_unreadable", path=str(path), reason=str(error), kept_as=kept)
         return {}
     return known if isinstance(known, dict) else {}
 

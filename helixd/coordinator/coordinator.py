@@ -9,6 +9,7 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
+from helixd import logs
 from helixd.coordinator.admission import Admission
 from helixd.coordinator.desk import WorkerDesk
 from helixd.coordinator.epochs import Epochs
@@ -118,7 +119,9 @@ class Coordinator:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         except TimeoutError:
-            log.warning("%d requests still run after %g s of draining; they end now", len(self._requests), timeout_s)
+            logs.event(log, logging.WARNING, "drain_timeout", requests=len(self._requests), limit_s=timeout_s)
+        finally:
+            self.desk.closing = True
 
     # -- Service -----------------------------------------------------------------------------------------------------
 

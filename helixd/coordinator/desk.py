@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from helixd import logs
 from helixd.coordinator.admission import Admission
 from helixd.coordinator.epochs import Epochs
 from helixd.coordinator.fleet import Fleet, Peer
@@ -36,6 +37,7 @@ class WorkerDesk:
     ) -> None:  # fmt: skip
         self.failovers = 0
         self.preemptions = 0
+        self.closing = False
         self._fleet = fleet
         self._admission = admission
         self._epochs = epochs
@@ -54,7 +56,8 @@ class WorkerDesk:
         peer = self._fleet.remove(link.peer, link)
         if peer is None:
             return
-        log.warning("worker %s lost: %s", peer.id, reason)
+        level = logging.INFO if peer.draining or self.closing else logging.WARNING
+        logs.event(log, level, "worker_lost", worker=peer.id, reason=reason)
         self._prober.on_peer_lost(peer.id)
         gone = frozenset(peer.nodes)
         for node in gone:
@@ -126,10 +129,13 @@ class WorkerDesk:
             if taken:
                 wrong = m.Refused("node_id", f"node ids already taken by another worker: {', '.join(taken)}", True)
         if wrong is not None:
-            log.warning("worker %s refused (%s): %s", link.peer, wrong.code, wrong.message)
+            logs.event(log, logging.WARNING, "worker_refused", worker=link.peer, code=wrong.code, reason=wrong.message)
             outbox.post(to_frame(wrong))
             return
-        log.info("worker %s joined with %s", link.peer, ", ".join(n.node for n in hello.nodes) or "no nodes")
+        logs.event(
+            log, logging.INFO, "worker_joined", worker=link.peer, name=hello.name, host=link.remote_host,
+            nodes=[hardware.node for hardware in hello.nodes],
+        )  # fmt: skip
         welcome, config_json = self._greeting()
         outbox.post(to_frame(welcome, config_json))
 
@@ -176,7 +182,10 @@ class WorkerDesk:
         run = self._admission.holder(SequenceId(message.sequence))
         if run is None or run.lease is None or run.lease.attempt != message.attempt:
             return
-        log.info("sequence %d broke at %s (%s): %s", run.id, message.node, message.code, message.message)
+        logs.event(
+            log, logging.INFO, "sequence_broken", sequence=run.id, request=run.request_id, node=message.node,
+            code=message.code, reason=message.message,
+        )  # fmt: skip
         if message.code == "kv_full":
             self.preemptions += 1
             self._admission.relieve(NodeId(message.node), "an older sequence needs its KV room")
@@ -188,7 +197,7 @@ class WorkerDesk:
         other = PeerId(message.peer)
         if other not in self._fleet.peers:
             return
-        log.warning("link %s - %s lost: %s", peer.id, other, message.reason)
+        logs.event(log, logging.WARNING, "link_lost", src=peer.id, dst=other, reason=message.reason)
         ours, theirs = frozenset(peer.nodes), frozenset(self._fleet.peers[other].nodes)
 
         def crosses(lease: Lease) -> bool:
@@ -198,7 +207,7 @@ class WorkerDesk:
         self._prober.link_lost(peer.id, other, message.reason)
 
     def _on_leave(self, peer: Peer, message: m.Leave) -> None:
-        log.info("worker %s leaves: %s", peer.id, message.reason)
+        logs.event(log, logging.INFO, "worker_leaves", worker=peer.id, reason=message.reason)
         peer.draining = True
         nodes = frozenset(peer.nodes)
         self._admission.break_where(

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
+from helixd import logs
 from helixd.coordinator.admission import Admission
 from helixd.coordinator.fleet import Fleet
 from helixd.coordinator.planning import ModelSizes
@@ -77,9 +78,10 @@ class Epochs:
         if self.active is not None and any(
             room < len(plan.placement[node]) * LEAST_KV_TOKENS for node, room in beside.items()
         ):
-            log.warning(
-                "epoch %d: old and new layers do not fit side by side; serving pauses for the switch", self._last
-            )
+            logs.event(
+                log, logging.WARNING, "serving_pauses", epoch=self._last,
+                reason="old and new layers do not fit side by side",
+            )  # fmt: skip
             self._admission.use_plan(self._last, None)
             self._admission.break_where(lambda lease: True, "moved", "the plan changed")
             self._retire_below(self._last)
@@ -87,10 +89,8 @@ class Epochs:
             beside = {node: self._room(node, layers, beside=False) for node, layers in plan.placement.items()}
         self.coming = PlanInForce(self._last, plan, beside)
         self._send(self.coming)
-        log.info(
-            "epoch %d pushed: %s", self._last,
-            ", ".join(f"{node} {layers}" for node, layers in sorted(plan.placement.items())),
-        )  # fmt: skip
+        placement = ", ".join(f"{node} {layers}" for node, layers in sorted(plan.placement.items()))
+        logs.event(log, logging.INFO, "epoch_pushed", epoch=self._last, placement=placement)
 
     def on_state(self, state: EpochState) -> None:
         """A node tells how far it is."""
@@ -101,7 +101,7 @@ class Epochs:
             if not (plan.ready(NodeId(state.node)) and state.state == "loading"):
                 plan.states[NodeId(state.node)] = state
         if state.state == "failed":
-            log.error("node %s cannot serve epoch %d: %s", state.node, state.epoch, state.message)
+            logs.event(log, logging.ERROR, "node_failed", node=state.node, epoch=state.epoch, reason=state.message)
         self._switch_if_ready()
 
     def on_node_lost(self, node: NodeId) -> None:
@@ -153,7 +153,7 @@ class Epochs:
             lambda lease: lease.epoch < coming.epoch and not _still_held(lease, coming.plan.placement),
             "moved", "the plan changed",
         )  # fmt: skip
-        log.info("epoch %d serves; %d sequences move", coming.epoch, moved)
+        logs.event(log, logging.INFO, "epoch_serves", epoch=coming.epoch, moved_sequences=moved)
         self.retire_drained()
 
     def _retire_below(self, epoch: Epoch) -> None:

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from helixd import logs
 from helixd.coordinator.fleet import Fleet, LinkFact, Peer
 from helixd.ids import PeerId
 from helixd.plan.spec import COORDINATOR
@@ -91,7 +92,7 @@ class Prober:
         if src in self._fleet.peers or dst in self._fleet.peers:
             self._fleet.links[src, dst] = fact
             if fact.error:
-                log.warning("link %s -> %s cannot be used: %s", src, dst, fact.error)
+                logs.event(log, logging.WARNING, "link_unusable", src=src, dst=dst, reason=fact.error)
         self.pump()
         self._changed()
 

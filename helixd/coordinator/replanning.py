@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from helixd import logs
 from helixd.coordinator.admission import Admission
 from helixd.coordinator.epochs import Epochs
 from helixd.coordinator.fleet import Fleet
@@ -80,24 +81,21 @@ class Replanner:
             spec, plan = await self._solve()
         except Infeasible as error:
             self.why_no_plan, self.infeasible = str(error), True
-            log.warning("no feasible placement: %s", error)
+            logs.event(log, logging.WARNING, "no_placement", reason=str(error))
             return
         except PlannerFailed as error:
             self.why_no_plan = str(error)
-            log.error("%s; trying again in %g s", error, RETRY_S)
+            logs.event(log, logging.ERROR, "planner_failed", reason=str(error), retry_s=RETRY_S)
             await asyncio.sleep(RETRY_S)
             self._changed.set()
             return
         self.infeasible = False
         reason = self._why_adopt(spec, plan)
         if reason is not None:
-            log.info(
-                "new plan (%s): max flow %.0f tokens/s, found in %.2f s by %s",
-                reason,
-                plan.max_flow_tokens_per_s,
-                plan.solve_s,
-                plan.method,
-            )
+            logs.event(
+                log, logging.INFO, "plan_adopted", reason=reason, method=plan.method, solve_s=round(plan.solve_s, 3),
+                max_flow_tokens_per_s=round(plan.max_flow_tokens_per_s, 1),
+            )  # fmt: skip
             self._last_move_s = time.monotonic()
             self._epochs.push(plan)
 

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 
+from helixd import logs
 from helixd.coordinator.generation import Delta, Event, Failed, GenerationRequest, PromptScored
 from helixd.coordinator.sequence import PipelineLost, SequenceRun
 from helixd.errors import NoRoute
@@ -80,7 +81,7 @@ class RequestRun:
             failure = Failed("timeout", f"the request did not finish within {self.request.deadline_s:g} s")
         except* Exception as errors:
             # One request's bug must not end the daemon; it is logged with its trace and the client is told.
-            log.error("request %s failed", self.request.request_id, exc_info=errors)
+            logs.event(log, logging.ERROR, "request_failed", request=self.request.request_id, exc_info=errors)
             failure = Failed("internal_error", "an internal error ended this request; the daemon's log has more")
         if failure is not None:
             while not self._events.empty():

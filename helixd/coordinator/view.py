@@ -114,6 +114,7 @@ def _node_view(c: Coordinator, node_id: NodeId) -> Mapping[str, object]:
     status, measured, ledger = node.status, node.measured, c.admission.ledger
     return {
         "id": node_id,
+        "name": peer.hello.name,
         "peer": node.peer,
         "incarnation": peer.incarnation,
         "address": f"{peer.host}:{peer.port}",

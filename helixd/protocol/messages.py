@@ -43,7 +43,7 @@ class Hello(Message, frozen=True):
 
     `fingerprint` is that of a local copy of the model ("" without one: weights are then fetched from the coordinator).
     `port` is where other workers can dial; `advertise` the host to use ("" for the address the coordinator sees).
-    `held` tells the layers that are already loaded, per node, of the model `held_fingerprint`.
+    `held` tells the layers that are already loaded, per node, of the model `held_fingerprint`. `name` is for people.
     """
 
     KIND: ClassVar[int] = 1
@@ -55,6 +55,7 @@ class Hello(Message, frozen=True):
     software: Name
     held_fingerprint: Name = ""
     held: list[tuple[Name, int, int]] = []
+    name: Name = ""
 
 
 class Welcome(Message, frozen=True):

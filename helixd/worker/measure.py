@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from helixd import logs
 from helixd.engine.timing import LayerTimes, measure_layer_times
 from helixd.engine.types import EngineOptions
 from helixd.model.decoder import DecoderConfig
@@ -72,4 +73,4 @@ def _write(cache: Path, key: str, times: LayerTimes) -> None:
         partial.write_text(json.dumps(known))
         partial.replace(cache)
     except OSError as error:
-        log.warning("layer times measured but not remembered: %s", error)
+        logs.event(log, logging.WARNING, "measurement_not_kept", path=str(cache), reason=str(error))

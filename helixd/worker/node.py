@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from helixd import logs
 from helixd.engine.types import SequenceSpec
 from helixd.ids import Attempt, Epoch, Incarnation, NodeId, SequenceId
 from helixd.layers import LayerRange
@@ -248,7 +249,9 @@ class NodeRuntime:
             used, room = self.compute.engine.kv_used_token_layers, self.compute.engine.kv_capacity_token_layers
             self._fail_pass(item, "kv_full", f"KV pool full: {used} of {room} token-layers in use")
         for item, why in outcome.failed:
-            log.error("node %s could not compute a pass of %d rows at %d: %s", self.node, item.n, item.start, why)
+            logs.event(
+                log, logging.ERROR, "pass_failed", node=self.node, start=item.start, rows=item.n, reason=why
+            )  # fmt: skip
             self._fail_pass(item, "compute", why)
 
     def _send_rows(self, node: NodeId, items: list[Pass], rows: memoryview) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from helixd import logs
 from helixd.errors import HelixError, PeerLost
 from helixd.ids import Epoch, NodeId, PeerId
 from helixd.layers import LayerRange
@@ -133,7 +134,7 @@ class Session:
             case m.Left():
                 self.left.set()
             case _:
-                log.warning("unexpected %s from the coordinator", type(message).__name__)
+                logs.event(log, logging.WARNING, "message_ignored", peer=self.link.peer, kind=type(message).__name__)
 
     def on_activations(self, link: Link, message: m.Activations, payload: memoryview | None) -> str | None:
         """Rows from another worker. Returns what is wrong with the frame or its sender, None if it is sound."""
@@ -186,9 +187,10 @@ class Session:
             )
             await host.load(epoch, layers, assignment.kv_token_layers, source, progress)
         except HelixError as error:
-            log.error("epoch %d: %s", epoch, error)
+            logs.event(log, logging.ERROR, "epoch_failed", epoch=epoch, node=assignment.node, reason=str(error))
             report("failed", 0, str(error))
             return
+        logs.event(log, logging.INFO, "layers_loaded", epoch=epoch, node=assignment.node, layers=str(layers))
         report("ready", len(layers))
 
     async def _retire(self, epoch: Epoch) -> None:
@@ -236,4 +238,4 @@ class Session:
         try:
             await work
         except PeerLost as error:
-            log.warning("%s", error)
+            logs.event(log, logging.WARNING, "peer_lost", peer=error.peer, reason=error.reason)

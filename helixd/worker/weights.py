@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from helixd import logs
 from helixd.errors import ModelError
 from helixd.layers import LayerRange
 from helixd.model.decoder import DecoderConfig, parse_dtype
@@ -140,7 +141,7 @@ def _write_group(directory: Path, tensors: dict[str, RawTensor]) -> bool:
         )
         partial.replace(file)
     except (OSError, SafetensorError) as error:
-        log.warning("weights fetched but not cached: %s", error)
+        logs.event(log, logging.WARNING, "weights_not_cached", path=str(directory), reason=str(error))
         partial.unlink(missing_ok=True)
         return False
     return True

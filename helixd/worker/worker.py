@@ -17,6 +17,7 @@ import psutil
 import torch
 
 import helixd
+from helixd import logs
 from helixd.errors import HelixError, PeerLost
 from helixd.ids import NodeId
 from helixd.protocol import messages as m
@@ -43,8 +44,9 @@ class JoinRefused(HelixError):
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
-    """Settings of a worker. `local_fingerprint`: of the local checkpoint, "" without one."""
+    """Settings of a worker. `name`: for people. `local_fingerprint`: of the local checkpoint, "" without one."""
 
+    name: str = ""
     advertise: str = ""
     port: int = 0
     local_fingerprint: str = ""
@@ -109,7 +111,7 @@ class Worker:
             if self._session is not None:
                 wrong = self._session.on_activations(link, message, frame.payload)
                 if wrong is not None:
-                    log.warning("frame from %s dropped: %s", link.peer, wrong)
+                    logs.event(log, logging.WARNING, "frame_dropped", peer=link.peer, reason=wrong)
             return
         if link is not self._coordinator:
             raise ProtocolError(f"{link.peer} is not the coordinator and sent {type(message).__name__}")
@@ -145,7 +147,7 @@ class Worker:
             async with asyncio.timeout(timeout_s):
                 await session.left.wait()
         except TimeoutError:
-            log.warning("%s did not release this worker within %g s; leaving anyway", session.link.peer, timeout_s)
+            logs.event(log, logging.WARNING, "not_released", coordinator=session.link.peer, limit_s=timeout_s)
 
     async def _join_for_ever(self, lasting: asyncio.TaskGroup) -> None:
         backoff_s = self._options.retry_min_s
@@ -153,7 +155,7 @@ class Worker:
             try:
                 link, welcome, frame = await self._join()
             except PeerLost as error:
-                log.info("cannot join: %s; next try in %.1f s", error, backoff_s)
+                logs.event(log, logging.INFO, "join_failed", reason=str(error), retry_s=round(backoff_s, 1))
                 await asyncio.sleep(backoff_s * random.uniform(0.7, 1.3))  # noqa: S311 - jitter, not a secret
                 backoff_s = min(self._options.retry_max_s, backoff_s * 1.7)
                 continue
@@ -196,7 +198,7 @@ class Worker:
                 )
                 self._session = session
                 self._post.set_coordinator(link.peer)
-                log.info("joined %s for model %s", link.peer, welcome.model_name)
+                logs.event(log, logging.INFO, "joined", coordinator=link.peer, model=welcome.model_name)
                 tasks.create_task(session.welcome(welcome, frame.payload), name="welcome")
                 if link.closed is None:
                     await session.left.wait()
@@ -209,7 +211,8 @@ class Worker:
             session.end()
         if link.closed is None:
             await link.close("left")
-        log.warning("session with %s is over: %s; weights stay loaded", link.peer, link.closed)
+        level = logging.INFO if self._leaving else logging.WARNING
+        logs.event(log, level, "session_over", coordinator=link.peer, reason=link.closed)
 
     def _hello(self) -> m.Hello:
         nodes = [
@@ -223,7 +226,7 @@ class Worker:
         software = f"helixd {helixd.__version__} python {sys.version.split()[0]} torch {torch.__version__}"
         return m.Hello(
             PROTOCOL_VERSION, nodes, self._options.local_fingerprint, self._options.advertise, self._options.port,
-            software, models.pop() if models else "", held,
+            software, models.pop() if models else "", held, self._options.name,
         )  # fmt: skip
 
     def _deliver_here(self, node: NodeId, message: m.Activations, payload: memoryview) -> None:

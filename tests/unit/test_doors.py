@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "helixd"
 
-# What a room may import of the house, besides itself and the shared words (ids, layers, errors, sampling).
-SHARED = {"ids", "layers", "errors", "sampling"}
+# What a room may import of the house, besides itself and the shared words (ids, layers, errors, sampling, logs).
+SHARED = {"ids", "layers", "errors", "sampling", "logs"}
 MAY = {
     "model": set(),
     "plan": set(),
@@ -18,7 +18,7 @@ MAY = {
     "wire": {"protocol"},
     "worker": {"engine", "wire", "model", "protocol"},
     "coordinator": {"plan", "route", "wire", "model", "protocol"},
-    "api": {"coordinator", "model", "logs"},
+    "api": {"coordinator", "model"},
     "config": set(),
     "sim": {"plan", "route"},
 }
