@@ -183,20 +183,21 @@ async def link_listener(algorithm: str | None) -> None:
 
 async def link_dialer(port: int, algorithm: str | None) -> None:
     """Receive floods, send pings."""
-    expected, arrived = 0, asyncio.Event()
+    loop = asyncio.get_running_loop()
+    missing, arrived = 0, loop.create_future()
 
     async def handler(_: Link, __: Frame) -> None:
-        nonlocal expected
-        expected -= 1
-        if expected == 0:
-            arrived.set()
+        nonlocal missing
+        missing -= 1
+        if missing == 0:
+            arrived.set_result(None)
 
     async def arrive(count: int) -> None:
-        nonlocal expected
-        expected += count
-        if expected > 0:
-            await arrived.wait()
-        arrived.clear()
+        nonlocal missing, arrived
+        missing += count
+        if missing > 0:
+            await arrived
+        arrived = loop.create_future()
 
     up: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
     async with endpoint("dialer", algorithm, handler, up) as here:

@@ -9,8 +9,8 @@ from collections import deque
 from dataclasses import dataclass
 
 from helixd.errors import PeerLost
-from helixd.wire.channel import Channel
 from helixd.wire.credits import CreditGate
+from helixd.wire.stream import MessageStream
 
 
 @dataclass(slots=True, eq=False)
@@ -26,9 +26,9 @@ class _Job:
 class BulkSender:
     """Sends one frame after another. `progress` rises with every chunk the transport took."""
 
-    def __init__(self, channel: Channel, gate: CreditGate, chunk_bytes: int) -> None:
+    def __init__(self, stream: MessageStream, gate: CreditGate, chunk_bytes: int) -> None:
         self.progress = 0
-        self._channel = channel
+        self._stream = stream
         self._gate = gate
         self._chunk_bytes = chunk_bytes
         self._jobs: deque[_Job] = deque()
@@ -84,25 +84,13 @@ class BulkSender:
                 job.done.set_exception(error)
 
     async def _transmit(self, job: _Job) -> None:
-        send_bytes = self._channel.ws.send_bytes
-        payload, chunk_bytes = job.payload, self._chunk_bytes
-        await send_bytes(job.header)
+        stream, payload, chunk_bytes = self._stream, job.payload, self._chunk_bytes
+        stream.write(job.header)
         for start in range(0, payload.nbytes, chunk_bytes):
             if job.abandoned:
-                await send_bytes(b"")
+                stream.write(b"")
                 break
-            # aiohttp declares bytes and takes any flat buffer.
-            await send_bytes(payload[start : start + chunk_bytes])  # type: ignore[arg-type]
+            stream.write(payload[start : start + chunk_bytes])
+            await stream.drain()
             self.progress += 1
-        # A client's frames were copied when they were masked; a server's transport may still refer to the payload.
-        if not self._channel.dialed and self._channel.transport.get_write_buffer_size():
-            await self._flush(self._channel.transport)
-
-    async def _flush(self, transport: asyncio.Transport) -> None:
-        # With both limits at zero the transport counts as paused until it is empty, and an unsolicited pong, which
-        # every peer ignores, waits for that.
-        transport.set_write_buffer_limits(high=0)
-        try:
-            await self._channel.ws.pong(b"")
-        finally:
-            transport.set_write_buffer_limits()
+        await stream.flush()

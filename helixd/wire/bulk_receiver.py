@@ -4,7 +4,7 @@ from typing import Protocol
 
 import numpy as np
 
-from helixd.wire.credits import CreditReturn, frame_charge
+from helixd.wire.credits import CreditReturn
 from helixd.wire.errors import FrameError
 from helixd.wire.frames import decode_bulk_header
 from helixd.wire.options import WireOptions
@@ -79,17 +79,16 @@ class BulkReceiver:
             self._header = self._payload = None
             self._owner.bulk_arrived(kind, body, payload, self._charge)
 
-    def message(self, data: memoryview) -> None:
+    def message(self, data: memoryview | bytearray) -> None:
         """A header, or the mark of an abandoned frame."""
-        self._owner.heard(data.nbytes)
+        self._owner.heard(len(data))
         if self._header is not None:
             self._header = self._payload = None
             self._owner.bulk_abandoned(self._charge)
             return
         header = decode_bulk_header(data, self._options.max_body_bytes, self._options.max_frame_bytes)
         kind, _, payload_bytes = header
-        charge = frame_charge(payload_bytes, self.credits.window_bytes)
-        self.credits.took(charge)
+        charge = self.credits.took(payload_bytes)
         self._payload = None if kind == self._discard_kind else empty_buffer(payload_bytes)
         self._header, self._charge, self._filled = header, charge, 0
 

@@ -1,15 +1,11 @@
-"""One websocket of a link: aiohttp's object to write with, its transport, and how to end it."""
+"""One websocket of a link: aiohttp's object for the handshake, then our own stream over the same transport."""
 
 import asyncio
-import struct
 from typing import Any
 
-from aiohttp import ClientWebSocketResponse, WSMsgType, web
+from aiohttp import ClientWebSocketResponse, web
 
-from helixd.wire.reader import MessageReader
-from helixd.wire.sockets import write_now
-
-MAX_REASON_BYTES = 120
+from helixd.wire.stream import MessageStream
 
 
 class PeerClientWebSocket(ClientWebSocketResponse):
@@ -25,34 +21,44 @@ WebSocket = web.WebSocketResponse | PeerClientWebSocket
 
 
 class Channel:
-    """An open websocket. `dialed` says that we are its client, whose frames aiohttp masks and copies."""
+    """An open websocket. `dialed` says that we are its client. After `take_over` only `stream` may be used."""
 
     def __init__(self, ws: WebSocket, transport: asyncio.Transport | None, dialed: bool) -> None:
         if transport is None:
             raise ConnectionResetError("the connection ended before the websocket stood")
         self.ws = ws
-        self.transport = transport
         self.dialed = dialed
+        self.stream: MessageStream | None = None
+        self._transport = transport
 
     @property
     def remote_host(self) -> str:
         """The peer's address as this side sees it ("" when unknown)."""
-        peername = self.transport.get_extra_info("peername")
+        peername = self._transport.get_extra_info("peername")
         return str(peername[0]) if isinstance(peername, tuple) and peername else ""
 
-    def take_over(self, max_message_bytes: int, read_ahead_bytes: int) -> MessageReader:
-        """Read this websocket ourselves from now on; the peer must be quiet at this moment."""
-        return MessageReader(self.transport, not self.dialed, max_message_bytes, read_ahead_bytes)
+    def take_over(self, max_message_bytes: int, read_ahead_bytes: int, places: bool) -> MessageStream:
+        """Read and write this websocket ourselves from now on; the peer must be quiet at this moment."""
+        self.stream = MessageStream(self._transport, self.dialed, max_message_bytes, read_ahead_bytes, places)
+        return self.stream
 
-    def write_now(self, message: bytes) -> None:
-        """Write one message without waiting. Raises ConnectionError."""
-        write_now(self.ws.send_bytes(message))
+    async def hang_up(self, code: int, reason: str) -> None:
+        """Say why and end the connection; bounded by aiohttp's close timeout."""
+        if self.stream is None:
+            await self.ws.close(code=code, message=reason.encode()[:120].decode(errors="ignore").encode())
+        else:
+            self.stream.stop()
+            try:
+                self.stream.write_close(code, reason)
+            except ConnectionError:
+                self.abort()
+            self.stream.close()
+        await self.release()
 
-    def write_close(self, code: int, reason: str) -> None:
-        """Write a close frame without waiting. Raises ConnectionError."""
-        told = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore").encode()
-        write_now(self.ws.send_frame(struct.pack("!H", code) + told, WSMsgType.CLOSE))
+    async def release(self) -> None:
+        """Let aiohttp forget the connection, which must have been ended."""
+        await self.ws.close()
 
     def abort(self) -> None:
         """Cut the connection, whatever is buffered."""
-        self.transport.abort()
+        self._transport.abort()

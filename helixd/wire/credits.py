@@ -25,6 +25,7 @@ class CreditGate:
     def __init__(self, window_bytes: int) -> None:
         self.window_bytes = window_bytes
         self.progress = 0
+        self._max_charge = window_bytes // 2
         self._available = window_bytes
         self._waiters: deque[tuple[asyncio.Future[None], int]] = deque()
 
@@ -33,17 +34,20 @@ class CreditGate:
         """Whether somebody waits for credits."""
         return bool(self._waiters)
 
-    def take(self, charge: int) -> bool:
-        """Take `charge` credits if they are there and nobody waits for theirs."""
+    def take(self, frame_bytes: int) -> int:
+        """The charge of a frame, taken; 0 if it is not to be had now or somebody waits for theirs."""
+        charge = min(frame_bytes + FRAME_OVERHEAD_BYTES, self._max_charge)
         if charge > self._available or self._waiters:
-            return False
+            return 0
         self._available -= charge
-        return True
+        return charge
 
-    async def acquire(self, charge: int) -> None:
-        """Take `charge` credits, waiting for them. Raises what `fail` was given. No await before the caller resumes."""
-        if self.take(charge):
-            return
+    async def acquire(self, frame_bytes: int) -> int:
+        """Take a frame's charge, waiting for it. Raises what `fail` was given. No await before the caller resumes."""
+        charge = self.take(frame_bytes)
+        if charge:
+            return charge
+        charge = frame_charge(frame_bytes, self.window_bytes)
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry = (granted, charge)
         self._waiters.append(entry)
@@ -56,6 +60,7 @@ class CreditGate:
         finally:
             self._waiters.remove(entry)
             self._wake()
+        return charge
 
     def give(self, credit: int) -> None:
         """Credits came back. Raises FrameError if they are more than were taken."""
@@ -89,14 +94,17 @@ class CreditReturn:
 
     def __init__(self, window_bytes: int) -> None:
         self.window_bytes = window_bytes
+        self._max_charge = window_bytes // 2
         self._outstanding = 0
         self._owed = 0
 
-    def took(self, charge: int) -> None:
-        """A frame came in. Raises FrameError if the sender had no credits for it."""
+    def took(self, frame_bytes: int) -> int:
+        """A frame came in; returns its charge. Raises FrameError if the sender had no credits for it."""
+        charge = min(frame_bytes + FRAME_OVERHEAD_BYTES, self._max_charge)
         self._outstanding += charge
         if self._outstanding > self.window_bytes:
             raise FrameError(f"the peer sent more than its window of {self.window_bytes} bytes")
+        return charge
 
     def handled(self, charge: int) -> int:
         """A frame is done with; returns the credits to send back now (0: hold them until there are more)."""

@@ -34,11 +34,11 @@ from helixd.wire.link import Link, LinkLostHandler
 from helixd.wire.opening import LinkOpening
 from helixd.wire.options import KIB, WireOptions
 from helixd.wire.peers import AcceptPeer, LinkUp, PeerIdentity
-from helixd.wire.reader import MessageReader
 from helixd.wire.registry import LinkRegistry
 from helixd.wire.server import GuardedHandler, PeerServer
 from helixd.wire.setup import Grant, own_grant
 from helixd.wire.sockets import tune_socket
+from helixd.wire.stream import MessageStream
 from helixd.wire.websocket import WebSocketLink
 
 PEER_PATH = "/peer"
@@ -56,7 +56,7 @@ class _Incoming:
     """A link whose control socket is authenticated and whose bulk socket is awaited."""
 
     identity: PeerIdentity
-    bulk: asyncio.Future[tuple[Channel, MessageReader]]
+    bulk: asyncio.Future[tuple[Channel, MessageStream]]
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -201,21 +201,21 @@ class Endpoint:
             if expect is not None and them.peer != expect:
                 raise HandshakeFailed(CloseCode.REFUSED, f"expected {expect}, {them.peer} answers")
             if self._being_linked(them):
-                await self._hang_up(channels, CloseCode.YIELDED, "already linked")
+                await control.hang_up(CloseCode.YIELDED, "already linked")
                 return await self._registry.arrival(them)
             self._registry.judge(them, incoming=False)
             self._dialing[them.peer] = them.instance
             try:
                 await shake.prove()
-                control_reader = self._take_over(control, _CONTROL_READ_AHEAD_BYTES)
+                control_stream = self._take_over(control, Purpose.CONTROL)
                 channels.append(bulk := await self._open(host, port, bulk=True))
                 shake = DialerHandshake(bulk.ws, new_hello(self._identity, Purpose.BULK, token), self._secret, where)
                 if (await shake.greet()).identity != them:
                     raise HandshakeFailed(CloseCode.REFUSED, f"{them.peer} changed while it was dialed")
                 await shake.prove()
-                bulk_reader = self._take_over(bulk, _BULK_READ_AHEAD_BYTES)
-                stand = partial(self._stand, them, control, bulk)
-                link = await LinkOpening(control, control_reader, bulk_reader, self._options, where, stand).run()
+                bulk_stream = self._take_over(bulk, Purpose.BULK)
+                stand = partial(self._stand, them, control, control_stream, bulk, bulk_stream)
+                link = await LinkOpening(control_stream, bulk_stream, True, self._options, where, stand).run()
             finally:
                 del self._dialing[them.peer]
             channels.clear()
@@ -225,12 +225,13 @@ class Endpoint:
                 raise
             return await self._registry.arrival(them)
         except HandshakeFailed as failure:
-            await self._hang_up(channels, failure.code, failure.reason)
+            for channel in channels:
+                await channel.hang_up(failure.code, failure.reason)
             raise _our_refusal(where, failure) from failure
         finally:
             for channel in channels:
                 channel.abort()
-                await channel.ws.close()
+                await channel.release()
 
     def _being_linked(self, them: PeerIdentity) -> bool:
         return (
@@ -239,15 +240,35 @@ class Endpoint:
             or any(incoming.identity.instance == them.instance for incoming in self._incoming.values())
         )
 
-    def _take_over(self, channel: Channel, read_ahead_bytes: int) -> MessageReader:
-        return channel.take_over(self._options.max_message_bytes, read_ahead_bytes)
+    def _take_over(self, channel: Channel, purpose: Purpose) -> MessageStream:
+        bulk = purpose is Purpose.BULK
+        read_ahead_bytes = _BULK_READ_AHEAD_BYTES if bulk else _CONTROL_READ_AHEAD_BYTES
+        return channel.take_over(self._options.max_message_bytes, read_ahead_bytes, places=bulk)
 
-    def _stand(self, them: PeerIdentity, control: Channel, bulk: Channel, grant: Grant) -> WebSocketLink:
+    def _stand(
+        self,
+        them: PeerIdentity,
+        control: Channel,
+        control_stream: MessageStream,
+        bulk: Channel,
+        bulk_stream: MessageStream,
+        grant: Grant,
+    ) -> WebSocketLink:
         """Called from the loop when the peer's grant came; nothing intervenes until the link is registered."""
-        link = WebSocketLink(them, control, bulk, grant, self._options, self.spawn, self._registry.removed)
+        self._registry.judge(them, incoming=False)
         if not control.dialed:
-            self._registry.judge(them, incoming=False)
-            control.write_now(own_grant(self._options).encode())
+            control_stream.write(own_grant(self._options).encode())
+        link = WebSocketLink(
+            them,
+            control_stream,
+            bulk_stream,
+            control.remote_host,
+            grant,
+            self._options,
+            self.spawn,
+            self._registry.removed,
+            partial(_release, control, bulk),
+        )
         self._registry.add(link)
         logger.info("link up peer=%s incarnation=%d host=%s", them.peer, them.incarnation, link.remote_host)
         return link
@@ -264,8 +285,6 @@ class Endpoint:
             heartbeat=None,
             compress=False,
             max_msg_size=options.max_message_bytes + 1,
-            # Look at the transport after every message: the bulk writer relies on it.
-            writer_limit=0,
         )
         if not ws.can_prepare(request):
             return web.Response(status=426, text="websocket only\n", headers={"Upgrade": "websocket"})
@@ -280,10 +299,10 @@ class Endpoint:
             serve = self._serve_bulk if hello.purpose is Purpose.BULK else self._serve_control
             await serve(channel, hello, shake, guard.admit)
         except TimeoutError:
-            await self._hang_up([channel], CloseCode.AUTH_TIMEOUT, "authentication took too long")
+            await channel.hang_up(CloseCode.AUTH_TIMEOUT, "authentication took too long")
         except HandshakeFailed as failure:
             self._complain(where, failure.reason)
-            await self._hang_up([channel], failure.code, failure.reason)
+            await channel.hang_up(failure.code, failure.reason)
         except (HelixError, ConnectionError) as error:
             self._complain(where, str(error))
             channel.abort()
@@ -302,13 +321,13 @@ class Endpoint:
         incoming = _Incoming(them, asyncio.get_running_loop().create_future())
         self._incoming[token] = incoming
         try:
-            control_reader = self._take_over(control, _CONTROL_READ_AHEAD_BYTES)
+            control_stream = self._take_over(control, Purpose.CONTROL)
             try:
                 async with asyncio.timeout(self._options.auth_timeout_s):
                     await shake.welcome()
-                    bulk, bulk_reader = await incoming.bulk
-                stand = partial(self._stand, them, control, bulk)
-                opening = LinkOpening(control, control_reader, bulk_reader, self._options, them.peer, stand)
+                    bulk, bulk_stream = await incoming.bulk
+                stand = partial(self._stand, them, control, control_stream, bulk, bulk_stream)
+                opening = LinkOpening(control_stream, bulk_stream, False, self._options, them.peer, stand)
                 link = await opening.run()
             finally:
                 del self._incoming[token]
@@ -323,22 +342,12 @@ class Endpoint:
         if incoming is None or incoming.identity != hello.identity or incoming.bulk.done():
             raise HandshakeFailed(CloseCode.REFUSED, "a bulk socket without its control socket")
         admit()
-        reader = self._take_over(bulk, _BULK_READ_AHEAD_BYTES)
+        stream = self._take_over(bulk, Purpose.BULK)
         await shake.welcome()
         if not incoming.bulk.done():
-            incoming.bulk.set_result((bulk, reader))
+            incoming.bulk.set_result((bulk, stream))
         # aiohttp closes the websocket when its handler returns.
         await incoming.ended.wait()
-
-    async def _hang_up(self, channels: list[Channel], code: CloseCode, reason: str) -> None:
-        """Say why and let the transport finish; whoever does not read it does not hold us up."""
-        for channel in channels:
-            try:
-                channel.write_close(code, reason)
-            except ConnectionError:
-                channel.abort()
-            channel.transport.close()
-            await channel.ws.close()
 
     def _complain(self, where: str, reason: str) -> None:
         """One log line per source and minute."""
@@ -349,6 +358,11 @@ class Endpoint:
             self._complaints.clear()
         self._complaints[where] = now_s
         logger.warning("peer port: connection from %s refused: %s", where, reason)
+
+
+async def _release(control: Channel, bulk: Channel) -> None:
+    await control.release()
+    await bulk.release()
 
 
 def _our_refusal(where: str, failure: HandshakeFailed) -> Exception:

@@ -9,6 +9,8 @@ with the same limits accepts. Tuples arrive as lists. Limits: lists of at most 4
 keys, strings of at most 1024 bytes, no extension types.
 """
 
+from functools import partial
+
 import msgpack  # type: ignore[import-untyped]
 
 from helixd.wire.errors import FrameError
@@ -28,6 +30,8 @@ _packer = msgpack.Packer(autoreset=True)
 
 def byte_view(payload: object) -> memoryview:
     """`payload` as a flat view of bytes, not copied. Raises FrameError unless it is a C-contiguous buffer."""
+    if type(payload) is memoryview and payload.format == "B" and payload.ndim == 1 and payload.contiguous:
+        return payload
     try:
         view = memoryview(payload)  # type: ignore[arg-type]
     except TypeError as error:
@@ -39,20 +43,22 @@ def byte_view(payload: object) -> memoryview:
 
 def encode_small(kind: int, body: object, payload: memoryview | None, max_body_bytes: int) -> bytes:
     """One message `[kind, body, payload]`; `payload` is copied into it. Raises FrameError naming what is too large."""
-    data = _pack([kind, body, payload])
-    _check_encoded(kind, body, data, 0 if payload is None else payload.nbytes, max_body_bytes)
+    data = _pack((kind, body, payload))
+    body_bytes = len(data) - (0 if payload is None else len(payload))
+    if body_bytes > _UNCHECKED_BYTES or kind > MAX_KIND or not _is_flat(body):
+        _check_encoded(kind, body, data, body_bytes, max_body_bytes)
     return data
 
 
 def encode_bulk_header(kind: int, body: object, payload_bytes: int, max_body_bytes: int) -> bytes:
     """The message `[kind, body, payload_bytes]` that announces a payload sent outside msgpack. Raises FrameError."""
-    data = _pack([kind, body, payload_bytes])
-    _check_encoded(kind, body, data, 0, max_body_bytes)
+    data = _pack((kind, body, payload_bytes))
+    _check_encoded(kind, body, data, len(data), max_body_bytes)
     return data
 
 
 def decode_small(
-    data: bytes | memoryview, max_body_bytes: int, max_payload_bytes: int
+    data: bytes | bytearray | memoryview, max_body_bytes: int, max_payload_bytes: int
 ) -> tuple[int, object, memoryview | None]:
     """`(kind, body, payload)` of one small message; the payload is owned, writable memory. Raises FrameError."""
     if len(data) > max_body_bytes + max_payload_bytes + _ENVELOPE_BYTES:
@@ -60,14 +66,16 @@ def decode_small(
     kind, body, payload = _unpack(data, max(max_body_bytes, max_payload_bytes))
     if payload is None:
         return kind, body, None
-    if not isinstance(payload, bytes):
+    if type(payload) is not bytes:
         raise FrameError(f"the payload of kind {kind} is {type(payload).__name__}, not bytes")
     if len(payload) > max_payload_bytes:
         raise FrameError(f"a small payload of {len(payload)} bytes exceeds {max_payload_bytes}")
     return kind, body, memoryview(bytearray(payload))
 
 
-def decode_bulk_header(data: bytes | memoryview, max_body_bytes: int, max_frame_bytes: int) -> tuple[int, object, int]:
+def decode_bulk_header(
+    data: bytes | bytearray | memoryview, max_body_bytes: int, max_frame_bytes: int
+) -> tuple[int, object, int]:
     """`(kind, body, payload_bytes)` of a bulk header, `1 <= payload_bytes <= max_frame_bytes`. Raises FrameError."""
     if len(data) > max_body_bytes + _ENVELOPE_BYTES:
         raise FrameError(f"a bulk header of {len(data)} bytes exceeds {max_body_bytes}")
@@ -77,25 +85,24 @@ def decode_bulk_header(data: bytes | memoryview, max_body_bytes: int, max_frame_
     return kind, body, payload_bytes
 
 
-def _pack(message: list[object]) -> bytes:
+def _pack(message: tuple[object, object, object]) -> bytes:
     try:
-        return bytes(_packer.pack(message))
+        data: bytes = _packer.pack(message)
     except (ValueError, TypeError, OverflowError, RecursionError, BufferError) as error:
         _packer.reset()
         raise FrameError(f"a frame of kind {message[0]!r} cannot be encoded: {error}") from error
+    return data
 
 
-def _check_encoded(kind: int, body: object, data: bytes, payload_bytes: int, max_body_bytes: int) -> None:
+def _check_encoded(kind: int, body: object, data: bytes, body_bytes: int, max_body_bytes: int) -> None:
     if kind > MAX_KIND:
         raise FrameError(f"frame kind {kind} is above {MAX_KIND}")
-    body_bytes = len(data) - payload_bytes
     if body_bytes > max_body_bytes:
         raise FrameError(
             f"the body of a frame of kind {kind} is {body_bytes} bytes, at most {max_body_bytes} are allowed; "
             "put large data into the payload"
         )
-    if body_bytes > _UNCHECKED_BYTES or not _is_flat(body):
-        _unpack(data if payload_bytes == 0 else _pack([kind, body, None]), max_body_bytes)
+    _unpack(data if body_bytes == len(data) else _pack((kind, body, None)), max_body_bytes)
 
 
 def _is_flat(body: object) -> bool:
@@ -108,19 +115,21 @@ def _refuse_extension(code: int, data: bytes) -> object:
     raise FrameError(f"msgpack extension type {code} ({len(data)} bytes) is not part of the protocol")
 
 
-def _unpack(data: bytes | memoryview, max_bin_bytes: int) -> tuple[int, object, object]:
+_unpackb = partial(
+    msgpack.unpackb,
+    raw=False,
+    strict_map_key=True,
+    max_array_len=MAX_LIST_ENTRIES,
+    max_map_len=MAX_MAP_ENTRIES,
+    max_str_len=MAX_STR_BYTES,
+    max_ext_len=0,
+    ext_hook=_refuse_extension,
+)
+
+
+def _unpack(data: bytes | bytearray | memoryview, max_bin_bytes: int) -> tuple[int, object, object]:
     try:
-        message = msgpack.unpackb(
-            data,
-            raw=False,
-            strict_map_key=True,
-            max_array_len=MAX_LIST_ENTRIES,
-            max_map_len=MAX_MAP_ENTRIES,
-            max_str_len=MAX_STR_BYTES,
-            max_bin_len=max_bin_bytes,
-            max_ext_len=0,
-            ext_hook=_refuse_extension,
-        )
+        message = _unpackb(data, max_bin_len=max_bin_bytes)
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         raise FrameError(f"not a frame: {type(error).__name__}: {str(error)[:200]}") from error
     if type(message) is not list or len(message) != 3:

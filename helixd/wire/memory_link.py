@@ -15,7 +15,7 @@ from helixd.errors import PeerLost
 from helixd.ids import Incarnation, PeerId
 from helixd.wire.bulk_receiver import empty_buffer
 from helixd.wire.counters import LinkCounters, LinkTally
-from helixd.wire.credits import CreditGate, CreditReturn, frame_charge
+from helixd.wire.credits import CreditGate, CreditReturn
 from helixd.wire.errors import FrameError
 from helixd.wire.frames import byte_view, decode_small, encode_small
 from helixd.wire.link import Frame, FrameHandler, LinkMeasurement
@@ -174,8 +174,7 @@ class MemoryLink:
         header = encode_small(frame.kind, frame.body, None, self._options.max_body_bytes)
         bulk = size_bytes > self._options.small_payload_bytes
         lane = self._bulk if bulk else self._small
-        charge = frame_charge(len(header) + size_bytes, lane.gate.window_bytes)
-        await self._acquire(lane.gate, charge)
+        charge = await self._acquire(lane.gate, len(header) + size_bytes)
         kind, body, _ = decode_small(header, self._options.max_body_bytes, 0)
         copy: memoryview | None = None
         if payload is not None:
@@ -233,10 +232,13 @@ class MemoryLink:
             raise RuntimeError("a memory link is used before it was joined to its other end")
         return self._other
 
-    async def _acquire(self, gate: CreditGate, charge: int) -> None:
+    async def _acquire(self, gate: CreditGate, frame_bytes: int) -> int:
+        charge = gate.take(frame_bytes)
+        if charge:
+            return charge
         try:
             async with asyncio.timeout(self._options.send_deadline_s):
-                await gate.acquire(charge)
+                return await gate.acquire(frame_bytes)
         except TimeoutError as error:
             reason = f"took nothing for {self._options.send_deadline_s} s"
             self.fail(reason, told=f"you {reason}")
@@ -245,8 +247,7 @@ class MemoryLink:
     async def _transfer(self, lane: _Lane, size_bytes: int) -> None:
         if self._closed is not None:
             raise PeerLost(self.peer, self._closed)
-        charge = frame_charge(size_bytes, lane.gate.window_bytes)
-        await self._acquire(lane.gate, charge)
+        charge = await self._acquire(lane.gate, size_bytes)
         arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._awaited.add(arrived)
         arrived.add_done_callback(self._awaited.discard)

@@ -8,12 +8,11 @@ import asyncio
 from collections.abc import Callable
 
 from helixd.errors import PeerLost
-from helixd.wire.channel import Channel
 from helixd.wire.errors import CloseCode, FrameError
 from helixd.wire.handshake import HandshakeFailed, closed_error
 from helixd.wire.options import WireOptions
-from helixd.wire.reader import MessageReader
 from helixd.wire.setup import Grant, own_grant
+from helixd.wire.stream import MessageStream
 from helixd.wire.websocket import WebSocketLink
 
 
@@ -22,16 +21,16 @@ class LinkOpening:
 
     def __init__(
         self,
-        control: Channel,
-        control_reader: MessageReader,
-        bulk_reader: MessageReader,
+        control: MessageStream,
+        bulk: MessageStream,
+        dialed: bool,
         options: WireOptions,
         where: str,
         stand: Callable[[Grant], WebSocketLink],
     ) -> None:
         self._control = control
-        self._control_reader = control_reader
-        self._bulk_reader = bulk_reader
+        self._bulk = bulk
+        self._dialed = dialed
         self._options = options
         self._where = where
         self._stand = stand
@@ -39,9 +38,9 @@ class LinkOpening:
 
     async def run(self) -> WebSocketLink:
         """Raises PeerLost, HandshakeFailed (we refuse; the peer must be told) or what the peer's close code means."""
-        self._control_reader.start(self)
-        if self._control.dialed:
-            self._control.write_now(own_grant(self._options).encode())
+        self._control.start(self)
+        if self._dialed:
+            self._control.write(own_grant(self._options).encode())
         try:
             async with asyncio.timeout(self._options.auth_timeout_s):
                 return await self._standing
@@ -55,7 +54,7 @@ class LinkOpening:
     def placed(self) -> None:
         """Never happens."""
 
-    def message(self, data: memoryview) -> None:
+    def message(self, data: memoryview | bytearray) -> None:
         """The peer's grant."""
         if self._standing.done():
             raise FrameError("a message before the link stands")
@@ -63,11 +62,11 @@ class LinkOpening:
         try:
             link = self._stand(grant)
         except (HandshakeFailed, PeerLost, ConnectionError) as error:
-            self._control_reader.stop()
+            self._control.stop()
             self._standing.set_exception(error)
             return
-        self._control_reader.start(link)
-        self._bulk_reader.start(link.bulk_receiver)
+        self._control.start(link)
+        self._bulk.start(link.bulk_receiver)
         self._standing.set_result(link)
 
     def closing(self, code: int, reason: str) -> None:

@@ -38,7 +38,7 @@ class Grant:
         return encode_small(KIND_SETUP, body, None, _SETUP_BODY_BYTES)
 
     @classmethod
-    def decode(cls, message: bytes | memoryview) -> "Grant":
+    def decode(cls, message: bytes | bytearray | memoryview) -> "Grant":
         """Raises FrameError for anything but a setup message with usable numbers."""
         kind, body, _ = decode_small(message, _SETUP_BODY_BYTES, 0)
         if kind != KIND_SETUP or not isinstance(body, list) or len(body) < 6:

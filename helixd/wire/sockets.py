@@ -1,7 +1,6 @@
-"""TCP options of peer sockets, and writing to a websocket without waiting."""
+"""TCP options of peer sockets."""
 
 import socket
-from collections.abc import Coroutine
 
 from helixd.wire.options import WireOptions
 
@@ -33,17 +32,3 @@ def tune_socket(sock: socket.socket | None, options: WireOptions, bulk: bool) ->
             sock.setsockopt(socket.IPPROTO_TCP, number, value)
     if options.congestion_control is not None and hasattr(socket, "TCP_CONGESTION"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, options.congestion_control.encode())
-
-
-def write_now(sending: Coroutine[object, object, None]) -> None:
-    """Do the write of a `send_bytes` call and do not wait for the transport to drain.
-
-    aiohttp hands the whole message to the transport before it first waits, so one step of the coroutine writes it. For
-    the control socket only: credits bound what can pile up there, and nobody who waits can be cancelled half way (in
-    aiohttp 3.14 a cancelled drain leaves a cancelled future for the next sender to trip over).
-    """
-    try:
-        sending.send(None)
-    except StopIteration:
-        return
-    sending.close()

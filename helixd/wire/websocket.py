@@ -21,9 +21,8 @@ from helixd.errors import PeerLost
 from helixd.ids import Incarnation, PeerId
 from helixd.wire.bulk import BulkSender
 from helixd.wire.bulk_receiver import BulkReceiver
-from helixd.wire.channel import Channel
 from helixd.wire.counters import LinkCounters, LinkTally
-from helixd.wire.credits import CreditGate, CreditReturn, frame_charge
+from helixd.wire.credits import CreditGate, CreditReturn
 from helixd.wire.errors import CloseCode, FrameError
 from helixd.wire.frames import byte_view, decode_small, encode_bulk_header, encode_small
 from helixd.wire.inbox import Inbox
@@ -33,6 +32,7 @@ from helixd.wire.options import WireOptions
 from helixd.wire.peers import PeerIdentity
 from helixd.wire.probe import ProbeDesk, measure
 from helixd.wire.setup import Grant
+from helixd.wire.stream import MessageStream
 
 KIND_PING = -2
 KIND_PONG = -3
@@ -57,12 +57,14 @@ class WebSocketLink:
     def __init__(
         self,
         identity: PeerIdentity,
-        control: Channel,
-        bulk: Channel,
+        control: MessageStream,
+        bulk: MessageStream,
+        remote_host: str,
         grant: Grant,
         options: WireOptions,
         spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]],
         on_closed: Callable[["WebSocketLink", str], None],
+        release: Callable[[], Awaitable[None]],
     ) -> None:
         self.identity = identity
         self._control = control
@@ -71,7 +73,8 @@ class WebSocketLink:
         self._options = options
         self._spawn = spawn
         self._on_closed = on_closed
-        self._remote_host = control.remote_host
+        self._release = release
+        self._remote_host = remote_host
         self._loop = asyncio.get_running_loop()
         self._closed: str | None = None
         self._farewell: str | None = None
@@ -85,19 +88,26 @@ class WebSocketLink:
         self._ping_token = 0
         self._ping_sent_s = 0.0
         self._pings_answered = 0
+        self._heard = False
         self._silence = SilenceClock(options.ping_interval_s, options.dead_after_s, self._loop.time())
         self._stuck = SilenceClock(options.ping_interval_s, options.send_deadline_s, self._loop.time())
         self._last_progress = 0
         self._small_limit_bytes = min(options.small_payload_bytes, grant.small_payload_bytes)
         self._small_gate = CreditGate(grant.small_window_bytes)
         self._small_inbox = Inbox(
-            CreditReturn(options.small_window_bytes), lambda credit: self._write_internal(KIND_CREDIT, [credit, 0])
+            self,
+            CreditReturn(options.small_window_bytes),
+            lambda credit: self._write_internal(KIND_CREDIT, [credit, 0]),
+            self._handling_failed,
         )
         self._bulk_gate = CreditGate(grant.bulk_window_bytes)
         self._bulk_sender = BulkSender(bulk, self._bulk_gate, min(options.chunk_bytes, grant.chunk_bytes))
         self.bulk_receiver = BulkReceiver(self, options, KIND_PROBE)
         self._bulk_inbox = Inbox(
-            self.bulk_receiver.credits, lambda credit: self._write_internal(KIND_CREDIT, [0, credit])
+            self,
+            self.bulk_receiver.credits,
+            lambda credit: self._write_internal(KIND_CREDIT, [0, credit]),
+            self._handling_failed,
         )
         self._probes = ProbeDesk()
 
@@ -133,19 +143,9 @@ class WebSocketLink:
 
     def start(self, handler: FrameHandler) -> None:
         """Begin to deliver frames to `handler`, and to watch over the peer."""
-
-        async def handle(frame: Frame) -> None:
-            self._tally.frames_received += 1
-            try:
-                await handler(self, frame)
-            except Exception as error:
-                logger.exception("link peer=%s closed: handling a frame of kind %d failed", self.peer, frame.kind)
-                reason = f"a frame of kind {frame.kind} could not be handled"
-                self.fail(f"{reason}: {error!r}", told=reason)
-
         for name, work in (
-            ("small", lambda: self._small_inbox.run(handle, self._leave_if_done)),
-            ("bulk", lambda: self._bulk_inbox.run(handle, self._leave_if_done)),
+            ("small", lambda: self._small_inbox.run(handler, self._leave_if_done)),
+            ("bulk", lambda: self._bulk_inbox.run(handler, self._leave_if_done)),
             ("bulk-writer", self._bulk_sender.run),
             ("ticker", self._tick),
         ):
@@ -155,19 +155,20 @@ class WebSocketLink:
         """See `Link.send`. Also raises FrameError for a frame that breaks a limit; the link stays open."""
         if self._closed is not None:
             raise PeerLost(self.peer, self._closed)
-        if frame.kind < 0:
-            raise FrameError(f"frame kind {frame.kind} is negative; those belong to the link")
-        payload = None if frame.payload is None else byte_view(frame.payload)
-        if payload is not None and payload.nbytes > self._small_limit_bytes:
-            await self._send_bulk(frame.kind, frame.body, payload)
-            self._tally.bulk_frames_sent += 1
-        else:
-            message = encode_small(frame.kind, frame.body, payload, self._grant.max_body_bytes)
-            gate = self._small_gate
-            charge = frame_charge(len(message), gate.window_bytes)
-            if not gate.take(charge):
-                await gate.acquire(charge)
-            self._write_control(message)
+        kind, payload = frame.kind, frame.payload
+        if kind < 0:
+            raise FrameError(f"frame kind {kind} is negative; those belong to the link")
+        if payload is not None:
+            payload = byte_view(payload)
+            if len(payload) > self._small_limit_bytes:
+                await self._send_bulk(kind, frame.body, payload)
+                self._tally.frames_sent += 1
+                self._tally.bulk_frames_sent += 1
+                return
+        message = encode_small(kind, frame.body, payload, self._grant.max_body_bytes)
+        if not self._small_gate.take(len(message)):
+            await self._small_gate.acquire(len(message))
+        self._write_control(message)
         self._tally.frames_sent += 1
 
     async def probe(self, max_bytes: int, timeout_s: float) -> LinkMeasurement:
@@ -194,6 +195,8 @@ class WebSocketLink:
         self._bulk_gate.fail(error)
         self._bulk_sender.fail(error)
         self._probes.fail(error)
+        self._control.stop()
+        self._bulk.stop()
         self._small_inbox.stop()
         self._bulk_inbox.stop()
         current = asyncio.current_task()
@@ -210,26 +213,30 @@ class WebSocketLink:
     def placed(self) -> None:
         """Never happens on the control socket."""
 
-    def message(self, data: memoryview) -> None:
+    def message(self, data: memoryview | bytearray) -> None:
         """One message of the control socket."""
-        self.heard(data.nbytes)
+        size = len(data)
+        self._heard = True
+        self._tally.bytes_received += size
         options = self._options
         kind, body, payload = decode_small(data, options.max_body_bytes, options.small_payload_bytes)
         if kind < 0:
             self._internal(kind, body)
             return
-        charge = frame_charge(data.nbytes, options.small_window_bytes)
-        self._small_inbox.credits.took(charge)
-        self._small_inbox.put(Frame(kind, body, payload), charge)
+        inbox = self._small_inbox
+        charge = inbox.credits.took(size)
+        self._tally.frames_received += 1
+        inbox.put(Frame(kind, body, payload), charge)
 
     def heard(self, size_bytes: int) -> None:
         """Any message is a sign of life."""
-        self._silence.heard()
+        self._heard = True
         self._tally.bytes_received += size_bytes
 
     def bulk_arrived(self, kind: int, body: object, payload: memoryview | None, charge: int) -> None:
         """A whole frame of the bulk socket."""
         if kind >= 0:
+            self._tally.frames_received += 1
             self._tally.bulk_frames_received += 1
             self._bulk_inbox.put(Frame(kind, body, payload), charge)
             return
@@ -271,6 +278,11 @@ class WebSocketLink:
         logger.warning("link peer=%s closed: it broke the protocol: %s", self.peer, error)
         self.fail(f"the peer broke the protocol: {error}", told=f"you broke the protocol: {error}")
 
+    def _handling_failed(self, frame: Frame, error: BaseException) -> None:
+        logger.error("link peer=%s closed: handling a frame of kind %d failed", self.peer, frame.kind, exc_info=error)
+        reason = f"a frame of kind {frame.kind} could not be handled"
+        self.fail(f"{reason}: {error!r}", told=reason)
+
     def _miss_control(self, reason: str) -> None:
         if self._farewell is None:
             self.fail(f"connection lost: {reason}")
@@ -296,8 +308,8 @@ class WebSocketLink:
             self._bulk.abort()
         if self._farewell is not None:
             # Both sides have spoken. The transports still write what they hold.
-            self._control.transport.close()
-            self._bulk.transport.close()
+            self._control.close()
+            self._bulk.close()
 
     async def _tear_down(self) -> None:
         try:
@@ -311,8 +323,7 @@ class WebSocketLink:
             self._bulk.abort()
             self._torn_down.set()
         # Only aiohttp's own bookkeeping is left; the connections are gone.
-        await self._control.ws.close()
-        await self._bulk.ws.close()
+        await self._release()
 
     async def _guard(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -330,14 +341,13 @@ class WebSocketLink:
                 f"{self._grant.max_frame_bytes} (max_frame_bytes); send it in parts"
             )
         header = encode_bulk_header(kind, body, payload.nbytes, self._grant.max_body_bytes)
-        charge = frame_charge(payload.nbytes, self._bulk_gate.window_bytes)
-        await self._bulk_gate.acquire(charge)
+        charge = await self._bulk_gate.acquire(payload.nbytes)
         await self._bulk_sender.send(header, payload, charge)
         self._tally.bytes_sent += len(header) + payload.nbytes
 
     def _write_control(self, message: bytes) -> None:
         try:
-            self._control.write_now(message)
+            self._control.write(message)
         except ConnectionError as error:
             self.fail(f"connection lost: {error}")
             raise PeerLost(self.peer, f"connection lost: {error}") from error
@@ -345,7 +355,7 @@ class WebSocketLink:
 
     def _write_internal(self, kind: int, body: list[int]) -> None:
         """Write a message of the link itself; if the connection is gone, its end is already on the way."""
-        if self._closed is None and not self._control.transport.is_closing():
+        if self._closed is None and not self._control.closing:
             self._write_control(encode_small(kind, body, None, self._grant.max_body_bytes))
 
     def _internal(self, kind: int, body: object) -> None:
@@ -383,6 +393,9 @@ class WebSocketLink:
             await asyncio.sleep(self._options.ping_interval_s)
             now_s = self._loop.time()
             self._pings_answered = 0
+            if self._heard:
+                self._heard = False
+                self._silence.heard()
             if self._silence.tick(now_s):
                 self.fail(f"no answer for {self._options.dead_after_s} s")
                 return
