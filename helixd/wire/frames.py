@@ -43,7 +43,10 @@ def byte_view(payload: object) -> memoryview:
 
 def encode_small(kind: int, body: object, payload: memoryview | None, max_body_bytes: int) -> bytes:
     """One message `[kind, body, payload]`; `payload` is copied into it. Raises FrameError naming what is too large."""
-    data = _pack((kind, body, payload))
+    try:
+        data: bytes = _packer.pack((kind, body, payload))
+    except _PACK_ERRORS as error:
+        raise _not_packable(kind, error) from error
     body_bytes = len(data) - (0 if payload is None else len(payload))
     if body_bytes > _UNCHECKED_BYTES or kind > MAX_KIND or not _is_flat(body):
         _check_encoded(kind, body, data, body_bytes, max_body_bytes)
@@ -63,7 +66,12 @@ def decode_small(
     """`(kind, body, payload)` of one small message; the payload is owned, writable memory. Raises FrameError."""
     if len(data) > max_body_bytes + max_payload_bytes + _ENVELOPE_BYTES:
         raise FrameError(f"a small frame of {len(data)} bytes exceeds {max_body_bytes} + {max_payload_bytes}")
-    kind, body, payload = _unpack(data, max(max_body_bytes, max_payload_bytes))
+    try:
+        kind, body, payload = _unpackb(data, max_bin_len=max(max_body_bytes, max_payload_bytes))
+    except _UNPACK_ERRORS as error:
+        raise _not_a_frame(error) from error
+    if type(kind) is not int or not -MAX_KIND <= kind <= MAX_KIND:
+        raise FrameError("not a frame: its kind must be a small integer")
     if payload is None:
         return kind, body, None
     if type(payload) is not bytes:
@@ -85,12 +93,19 @@ def decode_bulk_header(
     return kind, body, payload_bytes
 
 
+_PACK_ERRORS = (ValueError, TypeError, OverflowError, RecursionError, BufferError)
+
+
+def _not_packable(kind: object, error: Exception) -> FrameError:
+    _packer.reset()
+    return FrameError(f"a frame of kind {kind!r} cannot be encoded: {error}")
+
+
 def _pack(message: tuple[object, object, object]) -> bytes:
     try:
         data: bytes = _packer.pack(message)
-    except (ValueError, TypeError, OverflowError, RecursionError, BufferError) as error:
-        _packer.reset()
-        raise FrameError(f"a frame of kind {message[0]!r} cannot be encoded: {error}") from error
+    except _PACK_ERRORS as error:
+        raise _not_packable(message[0], error) from error
     return data
 
 
@@ -127,14 +142,36 @@ _unpackb = partial(
 )
 
 
+# Every family of errors msgpack is known to raise, and those of taking three values out of what it returned.
+_UNPACK_ERRORS = (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException)
+
+
+def _not_a_frame(error: Exception) -> FrameError:
+    return FrameError(f"not a frame: {type(error).__name__}: {str(error)[:200]}")
+
+
 def _unpack(data: bytes | bytearray | memoryview, max_bin_bytes: int) -> tuple[int, object, object]:
     try:
         message = _unpackb(data, max_bin_len=max_bin_bytes)
-    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
-        raise FrameError(f"not a frame: {type(error).__name__}: {str(error)[:200]}") from error
-    if type(message) is not list or len(message) != 3:
-        raise FrameError("not a frame: a message must be a list of three")
-    kind = message[0]
+        kind, body, last = message if type(message) is list else ()
+    except _UNPACK_ERRORS as error:
+        raise _not_a_frame(error) from error
     if type(kind) is not int or not -MAX_KIND <= kind <= MAX_KIND:
         raise FrameError("not a frame: its kind must be a small integer")
-    return kind, message[1], message[2]
+    return kind, body, last
+
+
+def check_payload(kind: int, payload_bytes: int, limit_bytes: int, peer: str) -> None:
+    """Refuse to send more than the peer accepts in one frame. Raises FrameError."""
+    if payload_bytes > limit_bytes:
+        raise FrameError(
+            f"a frame of kind {kind} with {payload_bytes} bytes exceeds what {peer} accepts, "
+            f"{limit_bytes} (max_frame_bytes); send it in parts"
+        )
+
+
+def integers(kind: int, body: object) -> list[int]:
+    """The body of a message of the link itself: one integer or more. Raises FrameError."""
+    if not isinstance(body, list) or not body or any(type(number) is not int for number in body):
+        raise FrameError(f"a message of kind {kind} must hold integers")
+    return body

@@ -11,7 +11,6 @@ is still handled.
 """
 
 import asyncio
-import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -24,10 +23,10 @@ from helixd.wire.bulk_receiver import BulkReceiver
 from helixd.wire.counters import LinkCounters, LinkTally
 from helixd.wire.credits import CreditGate, CreditReturn
 from helixd.wire.errors import CloseCode, FrameError
-from helixd.wire.frames import byte_view, decode_small, encode_bulk_header, encode_small
+from helixd.wire.frames import byte_view, check_payload, decode_small, encode_bulk_header, encode_small, integers
 from helixd.wire.inbox import Inbox
 from helixd.wire.link import Frame, FrameHandler, LinkMeasurement
-from helixd.wire.liveness import SilenceClock
+from helixd.wire.liveness import ProgressWatch, RoundTrip, SilenceClock
 from helixd.wire.options import WireOptions
 from helixd.wire.peers import PeerIdentity
 from helixd.wire.probe import ProbeDesk, measure
@@ -42,7 +41,6 @@ KIND_PROBE_TAKEN = -6
 
 _PINGS_PER_TICK = 64
 _REASON_GRACE_S = 0.1
-_RTT_GAIN = 0.25
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +82,11 @@ class WebSocketLink:
         self._torn_down = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._tally = LinkTally()
-        self._rtt_s: float | None = None
-        self._ping_token = 0
-        self._ping_sent_s = 0.0
+        self._round_trip = RoundTrip()
         self._pings_answered = 0
         self._heard = False
         self._silence = SilenceClock(options.ping_interval_s, options.dead_after_s, self._loop.time())
-        self._stuck = SilenceClock(options.ping_interval_s, options.send_deadline_s, self._loop.time())
-        self._last_progress = 0
+        self._stuck = ProgressWatch(options.ping_interval_s, options.send_deadline_s, self._loop.time())
         self._small_limit_bytes = min(options.small_payload_bytes, grant.small_payload_bytes)
         self._small_gate = CreditGate(grant.small_window_bytes)
         self._small_inbox = Inbox(
@@ -124,7 +119,7 @@ class WebSocketLink:
     @property
     def rtt_s(self) -> float | None:
         """Smoothed round trip of the pings; None before the first answer."""
-        return self._rtt_s
+        return self._round_trip.smoothed_s
 
     @property
     def remote_host(self) -> str:
@@ -335,11 +330,7 @@ class WebSocketLink:
             self.fail(f"internal error: {error!r}", told="internal error")
 
     async def _send_bulk(self, kind: int, body: object, payload: memoryview) -> None:
-        if payload.nbytes > self._grant.max_frame_bytes:
-            raise FrameError(
-                f"a frame of kind {kind} with {payload.nbytes} bytes exceeds what {self.peer} accepts, "
-                f"{self._grant.max_frame_bytes} (max_frame_bytes); send it in parts"
-            )
+        check_payload(kind, payload.nbytes, self._grant.max_frame_bytes, self.peer)
         header = encode_bulk_header(kind, body, payload.nbytes, self._grant.max_body_bytes)
         charge = await self._bulk_gate.acquire(payload.nbytes)
         await self._bulk_sender.send(header, payload, charge)
@@ -359,16 +350,15 @@ class WebSocketLink:
             self._write_control(encode_small(kind, body, None, self._grant.max_body_bytes))
 
     def _internal(self, kind: int, body: object) -> None:
-        numbers = body if isinstance(body, list) else []
-        if not numbers or any(type(number) is not int for number in numbers):
-            raise FrameError(f"a message of kind {kind} must hold integers")
+        numbers = integers(kind, body)
         if kind == KIND_PING:
             self._pings_answered += 1
             if self._pings_answered > _PINGS_PER_TICK:
                 raise FrameError(f"more than {_PINGS_PER_TICK} pings in {self._options.ping_interval_s} s")
             self._write_internal(KIND_PONG, [numbers[0]])
         elif kind == KIND_PONG:
-            self._pong(numbers[0])
+            self._probes.answer(numbers[0])
+            self._round_trip.answered(numbers[0], time.monotonic())
         elif kind == KIND_CREDIT and len(numbers) == 2:
             if numbers[0]:
                 self._small_gate.give(numbers[0])
@@ -379,17 +369,10 @@ class WebSocketLink:
         else:
             raise FrameError(f"an unknown message of kind {kind}")
 
-    def _pong(self, token: int) -> None:
-        self._probes.answer(token)
-        if token == self._ping_token:
-            rtt_s = time.monotonic() - self._ping_sent_s
-            self._rtt_s = rtt_s if self._rtt_s is None else self._rtt_s + _RTT_GAIN * (rtt_s - self._rtt_s)
-
     async def _tick(self) -> None:
-        for token in itertools.count(1):
+        while True:
             # Not the loop's clock: uvloop's counts whole milliseconds.
-            self._ping_token, self._ping_sent_s = token, time.monotonic()
-            self._write_internal(KIND_PING, [token])
+            self._write_internal(KIND_PING, [self._round_trip.sent(time.monotonic())])
             await asyncio.sleep(self._options.ping_interval_s)
             now_s = self._loop.time()
             self._pings_answered = 0
@@ -401,10 +384,7 @@ class WebSocketLink:
                 return
             progress = self._small_gate.progress + self._bulk_gate.progress + self._bulk_sender.progress
             waiting = self._small_gate.waiting or self._bulk_gate.waiting or self._bulk_sender.waiting
-            if progress != self._last_progress or not waiting:
-                self._last_progress = progress
-                self._stuck.heard()
-            if self._stuck.tick(now_s):
+            if self._stuck.tick(now_s, progress, waiting):
                 reason = f"took nothing for {self._options.send_deadline_s} s"
                 self.fail(reason, told=f"you {reason}")
                 return
