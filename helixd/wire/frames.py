@@ -153,7 +153,9 @@ def _not_a_frame(error: Exception) -> FrameError:
 def _unpack(data: bytes | bytearray | memoryview, max_bin_bytes: int) -> tuple[int, object, object]:
     try:
         message = _unpackb(data, max_bin_len=max_bin_bytes)
-        kind, body, last = message if type(message) is list else ()
+        if type(message) is not list:
+            raise TypeError(f"a {type(message).__name__}")
+        kind, body, last = message
     except _UNPACK_ERRORS as error:
         raise _not_a_frame(error) from error
     if type(kind) is not int or not -MAX_KIND <= kind <= MAX_KIND:
