@@ -41,6 +41,8 @@ class Inbox:
         self._begun: tuple[Awaitable[None], Frame, int] | None = None
         self._busy = False
         self._stopped = False
+        # The consumer waits and nothing is queued: the next frame may be handled at once.
+        self._idle = False
 
     @property
     def empty(self) -> bool:
@@ -49,14 +51,15 @@ class Inbox:
 
     def put(self, frame: Frame, charge: int) -> None:
         """Take in a frame whose `charge` the credits have taken note of. Only from the loop, never from a task."""
-        if self._busy or self._queue or self._stopped or self._handler is None or self._task is None:
+        handler, task = self._handler, self._task
+        if not self._idle or handler is None or task is None:
             self._queue.append((frame, charge))
             self._wake()
             return
-        self._busy = True
-        _enter_task(self._loop, self._task)
+        self._idle, self._busy = False, True
+        _enter_task(self._loop, task)
         try:
-            handling = self._handler(self._link, frame).__await__()
+            handling = handler(self._link, frame).__await__()
             awaited = next(handling)
         except StopIteration:
             self._busy = False
@@ -68,8 +71,9 @@ class Inbox:
             self._wake()
             return
         finally:
-            _leave_task(self._loop, self._task)
+            _leave_task(self._loop, task)
         if not self._stopped:
+            self._idle = not self._queue
             credit = self.credits.handled(charge)
             if credit:
                 self._give_back(credit)
@@ -93,7 +97,9 @@ class Inbox:
                 drained()
                 if not self._stopped:
                     self._waiter = self._loop.create_future()
+                    self._idle = True
                     await self._waiter
+                    self._idle = False
                 continue
             await self._finish(handling, frame)
             if not self._stopped:
@@ -115,6 +121,7 @@ class Inbox:
     def stop(self) -> None:
         """Deliver nothing more. A handler that is running may end in peace."""
         self._stopped = True
+        self._idle = False
         self._queue.clear()
         self._wake()
 

@@ -24,6 +24,8 @@ _CLOSE = 0x8
 _PONG = 0xA
 _FIN = 0x80
 _MASKED = 0x80
+_MESSAGE = _FIN | _BINARY
+_FAREWELL = _FIN | _CLOSE
 _MAX_CONTROL_BYTES = 125
 _MAX_HEADER_BYTES = 14
 
@@ -84,8 +86,12 @@ class MessageStream(asyncio.BufferedProtocol):
         self._dialed = dialed
         self._masked = 0 if dialed else _MASKED
         self._places = places
+        self._mask_bit = _MASKED if dialed else 0
         self._masks = b""
-        self._mask_at = 0
+        self._mask_at = _MASK_POOL_BYTES
+        # The first bytes of nearly every small message: whole, and with a length of two bytes.
+        self._usual_start = bytes((_MESSAGE, self._masked | 126))
+        self._usual_payload = 4 if dialed else 8
         self._max_message_bytes = max_message_bytes
         self._read_ahead_bytes = read_ahead_bytes
         self._sink: MessageSink | None = None
@@ -94,6 +100,7 @@ class MessageStream(asyncio.BufferedProtocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self._scratch = memoryview(bytearray(max_message_bytes + _MAX_HEADER_BYTES + read_ahead_bytes))
+        self._ahead = self._scratch[:read_ahead_bytes]
         self._start = 0
         self._end = 0
         self._wanted = 0
@@ -103,7 +110,7 @@ class MessageStream(asyncio.BufferedProtocol):
         transport.pause_reading()
         transport.set_protocol(self)
 
-    def write(self, message: bytes | memoryview, opcode: int = _BINARY) -> None:
+    def write(self, message: bytes | memoryview, first: int = _MESSAGE) -> None:
         """Hand one message to the transport. Raises ConnectionError.
 
         A dialer's message is copied. A listener's is kept by reference if it is large: see `flush`.
@@ -111,17 +118,16 @@ class MessageStream(asyncio.BufferedProtocol):
         transport = self._transport
         if transport.is_closing():
             raise ConnectionResetError("the connection is closing")
-        size = len(message)
-        mask_bit = _MASKED if self._dialed else 0
+        size, mask_bit = len(message), self._mask_bit
         if size < 126:
-            header = bytes((_FIN | opcode, mask_bit | size))
+            header = bytes((first, mask_bit | size))
         elif size < 65536:
-            header = _PACK_16(_FIN | opcode, mask_bit | 126, size)
+            header = _PACK_16(first, mask_bit | 126, size)
         else:
-            header = _PACK_64(_FIN | opcode, mask_bit | 127, size)
-        if self._dialed:
+            header = _PACK_64(first, mask_bit | 127, size)
+        if mask_bit:
             at = self._mask_at
-            if at >= len(self._masks):
+            if at >= _MASK_POOL_BYTES:
                 self._masks, at = os.urandom(_MASK_POOL_BYTES), 0
             self._mask_at = at + 4
             mask = self._masks[at : at + 4]
@@ -140,7 +146,7 @@ class MessageStream(asyncio.BufferedProtocol):
     def write_close(self, code: int, reason: str) -> None:
         """A close frame; nothing may be written after it. Raises ConnectionError."""
         told = reason.encode()[:_MAX_REASON_BYTES].decode(errors="ignore").encode()
-        self.write(code.to_bytes(2, "big") + told, _CLOSE)
+        self.write(code.to_bytes(2, "big") + told, _FAREWELL)
 
     async def drain(self) -> None:
         """Wait while the transport holds more than its high-water mark. Raises ConnectionError."""
@@ -189,27 +195,42 @@ class MessageStream(asyncio.BufferedProtocol):
         """Where the next bytes go: the rest of a placed message, else the scratch buffer."""
         if self._target is not None:
             return self._target[self._target_filled :]
+        if not self._end:
+            return self._ahead
         return self._scratch[self._end : max(self._end + self._read_ahead_bytes, self._start + self._wanted)]
 
     def buffer_updated(self, count: int) -> None:
         """`count` bytes arrived there."""
-        if self._over or self._sink is None:
+        sink = self._sink
+        if self._over or sink is None:
             return
         try:
             if self._target is not None:
                 self._target_filled += count
                 if self._target_filled == self._target.nbytes:
-                    self._finish_target(self._sink)
-            else:
+                    self._finish_target(sink)
+            elif self._end or self._places or not self._take_one(sink, count):
                 self._end += count
                 self._parse()
         except FrameError as error:
             self._over = True
-            self._sink.broken(error)
+            sink.broken(error)
         except Exception as error:
             self._over = True
             logger.exception("a message could not be taken in")
-            self._sink.broken(FrameError(f"internal error: {error!r}"))
+            sink.broken(FrameError(f"internal error: {error!r}"))
+
+    def _take_one(self, sink: MessageSink, count: int) -> bool:
+        """The shortest way for the usual case: exactly one small message came, and nothing was there before."""
+        scratch, payload = self._scratch, self._usual_payload
+        if scratch[:2] != self._usual_start or scratch[2] << 8 | scratch[3] != count - payload:
+            return False
+        data: memoryview | bytearray = scratch[payload:count]
+        if payload == 8:
+            data = bytearray(data)
+            websocket_mask(bytes(scratch[4:8]), data)
+        sink.message(data)
+        return True
 
     def eof_received(self) -> bool:
         """The peer ended the connection; the transport closes itself."""
@@ -250,7 +271,7 @@ class MessageStream(asyncio.BufferedProtocol):
                 if end < payload:
                     break
                 self._mask = bytes(scratch[payload - 4 : payload])
-            if first != _FIN | _BINARY or second & _MASKED != self._masked or size > self._max_message_bytes:
+            if first != _MESSAGE or second & _MASKED != self._masked or size > self._max_message_bytes:
                 self._check_rare(first, second, size)
             elif self._places and self._place(self._sink, payload, size):
                 continue
@@ -263,9 +284,9 @@ class MessageStream(asyncio.BufferedProtocol):
             if self._masked:
                 data = bytearray(data)
                 websocket_mask(self._mask, data)
-            if first == _FIN | _BINARY:
+            if first == _MESSAGE:
                 self._sink.message(data)
-            elif first == _FIN | _CLOSE:
+            elif first == _FAREWELL:
                 self._over = True
                 code = int.from_bytes(data[:2], "big") if size >= 2 else 0
                 self._sink.closing(code, bytes(data[2:]).decode(errors="replace"))
@@ -292,9 +313,9 @@ class MessageStream(asyncio.BufferedProtocol):
     def _check_rare(self, first: int, second: int, size: int) -> None:
         if second & _MASKED != self._masked:
             raise FrameError("a websocket frame is masked the wrong way")
-        if first not in (_FIN | _BINARY, _FIN | _CLOSE, _FIN | _PONG):
+        if first not in (_MESSAGE, _FAREWELL, _FIN | _PONG):
             raise FrameError(f"a websocket frame of sort {first:#04x} is not part of the protocol")
-        limit = self._max_message_bytes if first == _FIN | _BINARY else _MAX_CONTROL_BYTES
+        limit = self._max_message_bytes if first == _MESSAGE else _MAX_CONTROL_BYTES
         if size > limit:
             raise FrameError(f"a websocket message of {size} bytes exceeds the limit of {limit}")
 
