@@ -92,6 +92,11 @@ class WorkerUnit:
     endpoint: MemoryEndpoint | Endpoint
     task: asyncio.Task[None]
 
+    @property
+    def node(self) -> NodeId:
+        """Its one device."""
+        return NodeId(self.name)
+
 
 class Cluster:
     """Use `cluster(...)`."""
@@ -101,6 +106,7 @@ class Cluster:
         self.units: list[WorkerUnit] = []
         self.model = served_model(path, max_context_tokens)
         self._path = path
+        self._state = path.with_name(f"{path.name}-state")
         self._carrier = carrier
         self._options = options
         self._stack = AsyncExitStack()
@@ -122,6 +128,7 @@ class Cluster:
     async def add_worker(
         self, name: str, memory_bytes: int, incarnation: int = 1, state: Path | None = None
     ) -> WorkerUnit:
+        """`state` remembers measurements; all workers of a checkpoint share one unless told otherwise."""
         parts: list[Worker] = []
         endpoint = await self._endpoint(
             name, lambda link: parts[0].on_link(link), lambda link, reason: parts[0].on_lost(link, reason), incarnation
@@ -132,7 +139,7 @@ class Cluster:
             return await endpoint.dial(*self.address, 5.0)
 
         setup = NodeSetup(NodeId(name), "cpu", "test", memory_bytes, memory_bytes, 1)
-        options = WorkerOptions(advertise="127.0.0.1", port=port, status_interval_s=0.1, state_dir=state)
+        options = WorkerOptions(advertise="127.0.0.1", port=port, status_interval_s=0.1, state_dir=state or self._state)
         worker = Worker(endpoint, connect, [setup], options, LocalStore(SafetensorsIndex.open(self._path)))
         parts.append(worker)
         unit = WorkerUnit(name, worker, endpoint, self._tasks.create_task(_run(worker), name=f"worker {name}"))
@@ -149,9 +156,13 @@ class Cluster:
         await unit.endpoint.close()
 
     async def joined(self, count: int) -> None:
+        """Everybody is measured, and every link between them probed."""
         async with asyncio.timeout(60):
-            while sum(node.measured is not None for node in self.coordinator.fleet.nodes.values()) < count:
-                await asyncio.sleep(0.02)
+            while (
+                sum(node.measured is not None for node in self.coordinator.fleet.nodes.values()) < count
+                or not self.coordinator.prober.complete
+            ):
+                await asyncio.sleep(0.005)
 
     async def serve(self, ranges: dict[str, tuple[int, int]], *, mesh: bool = False) -> None:
         """Push a plan with these ranges, every usable edge (`mesh`: every edge) open; wait until all of it serves."""

@@ -29,6 +29,9 @@ from helixd.worker.weights import FetchedStore, WeightStore
 
 log = logging.getLogger(__name__)
 
+LINGER_S = 30.0
+"""A link that was dialled for a probe stays as long for a plan that may want it: planning takes seconds."""
+
 
 class SessionOptions(Protocol):
     """What a session needs to know of the worker's settings."""
@@ -158,18 +161,22 @@ class Session:
         epoch = Epoch(push.epoch)
         self._post.learn_hosts((NodeId(a.node), PeerId(a.peer)) for a in push.assignments)
         self._neighbours.update(PeerId(address.peer) for address in push.peers)
-        for address in push.peers:
-            if address.dial and PeerId(address.peer) not in self._network.links:
-                self._spawn(self._dial(address), f"dial {address.peer}")
+        linked = asyncio.Event()
         for assignment in push.assignments:
             host = self._hosts.get(NodeId(assignment.node))
             if host is not None:
-                self._spawn(self._load(epoch, assignment, host), f"load {assignment.node} for epoch {epoch}")
+                self._spawn(self._load(epoch, assignment, host, linked), f"load {assignment.node} for epoch {epoch}")
+        async with asyncio.TaskGroup() as dials:
+            for address in push.peers:
+                if address.dial and PeerId(address.peer) not in self._network.links:
+                    dials.create_task(self._dial(address), name=f"dial {address.peer}")
+        linked.set()
 
-    async def _load(self, epoch: Epoch, assignment: m.Assignment, host: NodeHost) -> None:
+    async def _load(self, epoch: Epoch, assignment: m.Assignment, host: NodeHost, linked: asyncio.Event) -> None:
+        """Load, and report ready once the links are up too (or are reported lost): then sequences may come."""
         layers = LayerRange(assignment.start, assignment.end)
 
-        def report(state: str, done: int, message: str = "") -> None:
+        def report(state: m.NodeState, done: int, message: str = "") -> None:
             self._post.to_coordinator(
                 m.EpochState(epoch, assignment.node, state, done, len(layers), message[:1000])
             )  # fmt: skip
@@ -180,6 +187,7 @@ class Session:
             loop.call_soon_threadsafe(report, "loading", done)
 
         assert self._store is not None
+        before = host.held()
         report("loading", 0)
         try:
             source = await self._store.ensure(
@@ -190,7 +198,9 @@ class Session:
             logs.event(log, logging.ERROR, "epoch_failed", epoch=epoch, node=assignment.node, reason=str(error))
             report("failed", 0, str(error))
             return
-        logs.event(log, logging.INFO, "layers_loaded", epoch=epoch, node=assignment.node, layers=str(layers))
+        if host.held() != before:
+            logs.event(log, logging.INFO, "layers_loaded", epoch=epoch, node=assignment.node, layers=str(layers))
+        await linked.wait()
         report("ready", len(layers))
 
     async def _retire(self, epoch: Epoch) -> None:
@@ -215,12 +225,15 @@ class Session:
                 if link is None:
                     link = await self._network.dial(request.host, request.port, self._options.dial_timeout_s, peer)
                 found = await link.probe(request.max_bytes, self._options.probe_timeout_s)
-                if dialled and peer not in self._neighbours:
-                    await link.close("probed; no epoch needs this link yet")
-            except HelixError as error:
+            except (HelixError, ValueError) as error:
                 self._post.to_coordinator(m.Probed(peer, 0.0, 0.0, str(error)[:1000] or "failed"))
                 return
         self._post.to_coordinator(m.Probed(peer, found.rtt_s, found.bandwidth_bytes_per_s, ""))
+        if dialled:
+            # Closed at once, a link could vanish under a peer that hears of the next plan before we do.
+            await asyncio.sleep(LINGER_S)
+            if peer not in self._neighbours:
+                await link.close("probed; no epoch needs this link yet")
 
     def _runtime_of(self, name: str) -> NodeRuntime | None:
         host = self._hosts.get(NodeId(name))

@@ -1,0 +1,102 @@
+"""Plans come and go while requests run: nothing breaks for it, nothing is held that the plan in force does not need."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from helixd.coordinator.planning import ModelSizes
+from helixd.ids import PeerId
+from helixd.model.config import load_config
+from helixd.wire.memory_link import LinkConditions
+from tests.cluster import Carrier, Cluster, cluster
+from tests.families import exact_checkpoint, reference
+
+PROMPTS = ([3, 17, 5, 40, 8, 22, 9], [11, 2, 33, 7, 28])
+NEW = 24
+PLANS: tuple[dict[str, tuple[int, int]], ...] = (
+    {"a": (0, 2), "b": (2, 4), "c": (4, 6)},
+    {"c": (0, 2), "a": (2, 4), "b": (4, 6)},
+    {"b": (0, 2), "c": (2, 4), "a": (4, 6)},
+)
+ROOM = 64 << 20
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("epochs") / "m"
+    exact_checkpoint("llama2", path, PROMPTS, NEW)
+    return path
+
+
+async def exact(made: Cluster, path: Path, number: int) -> int:
+    """Ask and compare; how many routes broke."""
+    prompt = PROMPTS[number % 2]
+    outcome = await made.ask(prompt, NEW)
+    assert outcome.tokens == list(reference(path, tuple(prompt), NEW).tokens)
+    return outcome.retries
+
+
+@pytest.mark.parametrize("carrier", ["memory", "sockets"])
+async def test_the_first_request_of_a_plan_finds_its_links_up(checkpoint: Path, carrier: Carrier) -> None:
+    for plan in PLANS:
+        async with cluster(checkpoint, dict.fromkeys("abc", ROOM), carrier=carrier) as made:
+            await made.serve(plan)
+            assert await exact(made, checkpoint, 0) == 0
+            await made.settled()
+
+
+async def test_a_plan_serves_once_its_links_are_up_however_long_they_take(checkpoint: Path) -> None:
+    """Workers far from each other and near to the coordinator."""
+    async with cluster(checkpoint, dict.fromkeys("abc", ROOM)) as made:
+        for unit in made.units:
+            for link in [link for peer, link in unit.endpoint.links.items() if peer != "hub"]:
+                await link.close("what was dialled for probes is gone")
+        for one, other in (("a", "b"), ("b", "c"), ("a", "c")):
+            made.network.set_conditions(PeerId(one), PeerId(other), LinkConditions(latency_s=0.03))
+        await made.serve(PLANS[0])
+        assert await exact(made, checkpoint, 0) == 0
+        await made.settled()
+
+
+async def test_streams_go_on_through_plan_after_plan(checkpoint: Path) -> None:
+    async with cluster(checkpoint, dict.fromkeys("abc", ROOM)) as made:
+        await made.serve(PLANS[0])
+        over = asyncio.Event()
+
+        async def keeps_asking(number: int) -> int:
+            asked = 0
+            while not over.is_set():
+                await exact(made, checkpoint, number)
+                asked += 1
+            return asked
+
+        async with asyncio.TaskGroup() as clients:
+            asking = [clients.create_task(keeps_asking(n)) for n in range(4)]
+            for plan in (*PLANS[1:], *PLANS):
+                await made.serve(plan)
+                await asyncio.sleep(0.05)
+            over.set()
+        assert all(task.result() > 0 for task in asking)
+        await made.settled()
+        for unit in made.units:
+            host = unit.worker.hosts[unit.node]
+            assert host.held() == [PLANS[2][unit.name]]
+
+
+async def test_plans_that_do_not_fit_side_by_side_pause_and_go_on(checkpoint: Path) -> None:
+    """Each worker has memory for its own layers and the KV of a few sequences, not for two plans' layers."""
+    sizes = ModelSizes.of(load_config(checkpoint), "float32")
+    room = max(sizes.weights_of((0, 1)), sizes.weights_of((4, 5))) + 2 * 1024 * sizes.kv_bytes_per_token_layer
+    async with cluster(checkpoint, dict.fromkeys("abc", room)) as made:
+        await made.serve(PLANS[0])
+        for plan in (*PLANS[1:], *PLANS):
+            asked = [asyncio.ensure_future(exact(made, checkpoint, n)) for n in range(4)]
+            await asyncio.sleep(0.02)
+            await made.serve(plan)
+            await asyncio.gather(*asked)
+        await made.settled()
+        for unit in made.units:
+            host = unit.worker.hosts[unit.node]
+            assert host.held() == [PLANS[2][unit.name]]
+            assert host.engine.kv_capacity_token_layers > 0
