@@ -10,6 +10,7 @@ from helixd.config import Address, Config, ConfigErrors, Override, PinConfig, lo
 from helixd.config.lines import key_lines
 from helixd.config.sources import find_file
 from helixd.layers import LayerRange
+from helixd.wire.probe import FIRST_PROBE_BYTES
 
 DEMO = Override("model.path", "demo", "--model")
 
@@ -288,3 +289,9 @@ def test_the_line_of_every_kind_of_key() -> None:
     }  # fmt: skip
     assert {path: lines.get(path) for path in expected} == expected
     assert ("not", "a", "table") not in lines
+
+
+def test_a_probe_may_be_as_small_as_a_probe_can_be_and_no_smaller(env: dict[str, str]) -> None:
+    assert load_config([DEMO, flag("cluster.probe_bytes", str(FIRST_PROBE_BYTES))], env)
+    (problem,) = problems(DEMO, flag("cluster.probe_bytes", str(FIRST_PROBE_BYTES - 1)), env=env)
+    assert "cluster.probe_bytes" in problem
