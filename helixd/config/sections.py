@@ -138,7 +138,9 @@ class ClusterConfig:
     window_bytes: int = key(
         16 * 2**20, kinds.size(4096), "Bytes a link may have under way before the receiver must have taken some."
     )
-    probe_bytes: int = key(4 * 2**20, kinds.size(64 << 10), "Bytes one measurement of a link's bandwidth sends, at most.")
+    probe_bytes: int = key(
+        4 * 2**20, kinds.size(64 << 10), "Bytes one measurement of a link's bandwidth sends, at most."
+    )
     timers: ClusterTimers = section(ClusterTimers)
 
 

@@ -292,6 +292,6 @@ def test_the_line_of_every_kind_of_key() -> None:
 
 
 def test_a_probe_may_be_as_small_as_a_probe_can_be_and_no_smaller(env: dict[str, str]) -> None:
-    assert load_config([DEMO, flag("cluster.probe_bytes", str(FIRST_PROBE_BYTES))], env)
-    (problem,) = problems(DEMO, flag("cluster.probe_bytes", str(FIRST_PROBE_BYTES - 1)), env=env)
-    assert "cluster.probe_bytes" in problem
+    assert load_config([DEMO, flag("cluster.probe", str(FIRST_PROBE_BYTES))], env)
+    (problem,) = problems(DEMO, flag("cluster.probe", str(FIRST_PROBE_BYTES - 1)), env=env)
+    assert "cluster.probe" in problem
