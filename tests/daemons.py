@@ -85,9 +85,9 @@ class Daemons:
     def start(self, name: str, *arguments: str) -> Daemon:
         log = self.home / f"{name}.log"
         words = [
-            sys.executable, "-m", "helixd", *arguments, "--state-dir", str(self.home / name),
+            sys.executable, "-m", "helixd", "--state-dir", str(self.home / name),
             "--set", f"node.cache_dir={self.home / name / 'cache'}", "--set", "log.format=text",
-            "--set", "device.threads=1", "--set", "cluster.timers.drain=3s",
+            "--set", "device.threads=1", "--set", "cluster.timers.drain=3s", *arguments,
         ]  # fmt: skip
         environment = {**os.environ, "HELIXD_CONFIG": os.devnull, "OMP_NUM_THREADS": "1"}
         with log.open("ab") as out:
