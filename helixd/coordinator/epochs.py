@@ -82,10 +82,10 @@ class Epochs:
                 log, logging.WARNING, "serving_pauses", epoch=self._last,
                 reason="old and new layers do not fit side by side",
             )  # fmt: skip
+            self.active = None
             self._admission.use_plan(self._last, None)
             self._admission.break_where(lambda lease: True, "moved", "the plan changed")
             self._retire_below(self._last)
-            self.active = None
             beside = {node: self._room(node, layers, beside=False) for node, layers in plan.placement.items()}
         self.coming = PlanInForce(self._last, plan, beside)
         self._send(self.coming)

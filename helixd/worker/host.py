@@ -61,6 +61,7 @@ class NodeHost:
         self._loader = ComputeThread(f"load-{setup.node}")
         self._engine: Engine | None = None
         self._ranges: dict[Epoch, LayerRange] = {}
+        self._live_from = Epoch(0)
         self._loop_task: asyncio.Task[None] | None = None
         self._loading = asyncio.Lock()
 
@@ -110,11 +111,15 @@ class NodeHost:
     ) -> None:  # fmt: skip
         """Hold `layers` for `epoch`, beside what is held already, and offer `kv_token_layers` of KV.
 
+        Nothing for an epoch that was retired before its turn came.
+
         Raises ModelError (bad weights), HelixError (no memory, with the sum).
         """
         assert self.model is not None
         assert self.runtime is not None
         async with self._loading:
+            if epoch < self._live_from:
+                return
             await self._prune({*self._held_by_epochs(), *layers.layers()})
             before = self.engine.loaded
             try:
@@ -136,6 +141,7 @@ class NodeHost:
 
     async def retire_below(self, epoch: Epoch) -> None:
         """Drop the epochs below `epoch`, and the layers that no later epoch holds."""
+        self._live_from = max(self._live_from, epoch)
         self._ranges = {e: layers for e, layers in self._ranges.items() if e >= epoch}
         if self.runtime is None:
             return
@@ -147,6 +153,7 @@ class NodeHost:
     def forget_epochs(self) -> None:
         """The coordinator is gone and its epochs with it; the layers stay, for the next one may want them."""
         self._ranges.clear()
+        self._live_from = Epoch(0)
         if self.runtime is not None:
             self.runtime.forget_all()
 

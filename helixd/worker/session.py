@@ -88,7 +88,6 @@ class Session:
         self._store: WeightStore | None = None
         self._fetcher = TensorFetcher(link, options.fetch_timeout_s)
         self._neighbours: set[PeerId] = set()
-        self._live_from = Epoch(0)
         self._one_probe = asyncio.Lock()
 
     async def welcome(self, message: m.Welcome, config_json: memoryview | None) -> None:
@@ -204,7 +203,6 @@ class Session:
         report("ready", len(layers))
 
     async def _retire(self, epoch: Epoch) -> None:
-        self._live_from = max(self._live_from, epoch)
         for host in self._hosts.values():
             await host.retire_below(epoch)
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from helixd.coordinator.planning import ModelSizes
-from helixd.ids import PeerId
+from helixd.ids import Epoch, PeerId
+from helixd.layers import LayerRange
 from helixd.model.config import load_config
+from helixd.model.index import SafetensorsIndex
 from helixd.wire.memory_link import LinkConditions
 from tests.cluster import Carrier, Cluster, cluster
 from tests.families import exact_checkpoint, reference
@@ -100,3 +102,18 @@ async def test_plans_that_do_not_fit_side_by_side_pause_and_go_on(checkpoint: Pa
             host = unit.worker.hosts[unit.node]
             assert host.held() == [PLANS[2][unit.name]]
             assert host.engine.kv_capacity_token_layers > 0
+
+
+async def test_a_load_that_is_late_for_its_own_epoch_holds_nothing(checkpoint: Path) -> None:
+    async with cluster(checkpoint, {"a": ROOM}) as made:
+        await made.serve({"a": (0, 6)})
+        (unit,) = made.units
+        host = unit.worker.hosts[unit.node]
+        source = SafetensorsIndex.open(checkpoint)
+        await host.load(Epoch(5), LayerRange(4, 6), 1024, source, lambda done, total: None)
+        await host.retire_below(Epoch(5))
+        await host.load(Epoch(4), LayerRange(0, 2), 1024, source, lambda done, total: None)
+        assert host.held() == [(4, 6)]
+        host.forget_epochs()
+        await host.load(Epoch(1), LayerRange(0, 2), 1024, source, lambda done, total: None)
+        assert host.held() == [(0, 2)], "another coordinator counts its own epochs"
