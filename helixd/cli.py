@@ -9,9 +9,10 @@ import json
 import logging
 import os
 import platform
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import helixd
 from helixd import logs
 from helixd.config import Config, ConfigErrors, Override, load
 from helixd.config.document import documented_defaults, effective
+from helixd.config.sources import find_file
 from helixd.errors import ConfigError, ModelError
 from helixd.exits import Exit
 
@@ -48,7 +50,11 @@ Flags beat environment variables (HELIXD_SECTION__KEY), which beat the file, whi
 file is $HELIXD_CONFIG, $XDG_CONFIG_HOME/helixd/helixd.toml (not for root) or /etc/helixd/helixd.toml.
 
 exit status: 0 stopped as asked, 2 usage, 65 bad model data, 70 internal error, 73 state directory not writable,
-77 turned away by the coordinator, 78 configuration."""
+77 turned away by the coordinator, 78 configuration, 130 interrupted while starting."""
+
+FIRST_STEPS = """\
+helixd: and there is no configuration file; "helixd --model demo" serves the small model in the package,
+"helixd --help" tells the rest"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigErrors as errors:
         for problem in errors.problems:
             print(f"helixd: {problem}", file=sys.stderr)
+        if not (sys.argv[1:] if argv is None else argv) and find_file(os.environ, None) is None:
+            print(FIRST_STEPS, file=sys.stderr)
         return Exit.CONFIG
     if arguments.check_config:
         print(f"{loaded.file or 'configuration without a file'}: OK")
@@ -177,11 +185,8 @@ def _run(config: Config) -> int:
         reason = error.strerror or str(error)
         logs.event(logger, logging.ERROR, "state_not_writable", path=str(config.node.state_dir), reason=reason)
         return Exit.STATE_NOT_WRITABLE
-    # Torch takes seconds to import: only a daemon pays for it.
-    from helixd.daemon import run
-
     try:
-        return run(config)
+        return _load_daemon()(config)
     except ConfigError as error:
         logs.event(logger, logging.ERROR, "config_refused", reason=str(error))
         return Exit.CONFIG
@@ -193,6 +198,19 @@ def _run(config: Config) -> int:
     except Exception:
         logs.event(logger, logging.CRITICAL, "internal_error", exc_info=True)
         return Exit.INTERNAL
+
+
+def _load_daemon() -> Callable[[Config], int]:
+    """Torch takes seconds to import: only a daemon pays for it. Ctrl-C meanwhile ends the process, without a trace."""
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        from helixd.daemon import run
+    finally:
+        if interruptible:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    return run
 
 
 def _make_state_dir(path: Path) -> None:

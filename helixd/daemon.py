@@ -6,6 +6,7 @@ second one ends at once), and says with its exit status why it ended.
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -41,6 +42,7 @@ from helixd.worker.worker import JoinRefused, Worker, WorkerOptions
 log = logging.getLogger(__name__)
 
 LEAST_KV_TOKENS = 256
+LAST_WORDS_S = 1.0
 
 
 class Stopped(Exception):
@@ -77,6 +79,8 @@ async def _main(config: Config, state: StateDir) -> int:
                 await asyncio.wait({drain, again}, return_when=asyncio.FIRST_COMPLETED)
                 if not drain.done():
                     logs.event(log, logging.WARNING, "stopped_before_drained")
+                    daemon.end_requests()
+                    await asyncio.wait({drain}, timeout=LAST_WORDS_S)
             raise Stopped
     except* Stopped:
         logs.event(log, logging.INFO, "stopped")
@@ -128,6 +132,11 @@ class Daemon:
         elif self.worker is not None:
             await self.worker.leave("the worker is stopping", limit_s)
 
+    def end_requests(self) -> None:
+        """End what runs here without waiting for it."""
+        if self.coordinator is not None:
+            self.coordinator.end_requests()
+
     async def _start_coordinator(
         self, state: StateDir, secret: bytes | None, checkpoint: Checkpoint, tasks: asyncio.TaskGroup,
         stack: AsyncExitStack,
@@ -147,12 +156,13 @@ class Daemon:
         self.coordinator = coordinator
         await stack.enter_async_context(_open_endpoint(endpoint))
         self.peer_address = await _listen(endpoint, config)
+        listen = config.api.listen
         tools = TextTools(checkpoint.tokenizer, checkpoint.chat_template, checkpoint.config.vocab_size)
         app = create_app(coordinator, tools, _api_options(config))
         try:
-            self.api = await stack.enter_async_context(serve(app, config.api.listen.host, config.api.listen.port))
+            self.api = await stack.enter_async_context(serve(app, listen.host, listen.port))
         except OSError as error:
-            raise ConfigError(f"api.listen = {config.api.listen}: {error.strerror or error}") from error
+            raise ConfigError(_cannot_listen("api.listen", "--listen", listen.host, listen.port, error)) from error
         coordinator.start()
         logs.event(
             log, logging.INFO, "serving", model=coordinator.model_name, api=self.api.url,
@@ -230,7 +240,12 @@ async def _listen(endpoint: Endpoint, config: Config, address: tuple[str, int] |
     try:
         return await endpoint.listen(host, port)
     except OSError as error:
-        raise ConfigError(f"cluster.listen = {host}:{port}: {error.strerror or error}") from error
+        raise ConfigError(_cannot_listen("cluster.listen", "--peer-listen", host, port, error)) from error
+
+
+def _cannot_listen(key: str, flag: str, host: str, port: int, error: OSError) -> str:
+    why = os.strerror(error.errno) if error.errno else str(error)
+    return f"{key} = {host}:{port}: {why}; give another address with {flag} HOST:PORT"
 
 
 def _open_checkpoint(path: str) -> Checkpoint:

@@ -14,7 +14,7 @@ from helixd.coordinator.admission import Admission
 from helixd.coordinator.desk import WorkerDesk
 from helixd.coordinator.epochs import Epochs
 from helixd.coordinator.fleet import Fleet
-from helixd.coordinator.generation import Generation, GenerationRequest, Readiness, Refused
+from helixd.coordinator.generation import Failed, Generation, GenerationRequest, Readiness, Refused
 from helixd.coordinator.planning import ModelSizes, PlanningOptions
 from helixd.coordinator.probing import Prober
 from helixd.coordinator.replanning import Replanner, ReplanOptions
@@ -113,15 +113,21 @@ class Coordinator:
         self._tasks.create_task(self.replanner.run(lambda: self.prober.complete), name="replanner")
 
     async def drain(self, timeout_s: float) -> None:
-        """Take nothing new and wait for what runs, at most `timeout_s`."""
+        """Take nothing new and wait for what runs, at most `timeout_s`; what runs on then is ended."""
         self.draining = True
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         except TimeoutError:
             logs.event(log, logging.WARNING, "drain_timeout", requests=len(self._requests), limit_s=timeout_s)
+            self.end_requests()
         finally:
             self.desk.closing = True
+
+    def end_requests(self) -> None:
+        """End whatever runs or waits, with an error that says why."""
+        for run in self._requests:
+            run.give_up(Failed("shutting_down", "the server is stopping and did not finish this request"))
 
     # -- Service -----------------------------------------------------------------------------------------------------
 
@@ -240,7 +246,7 @@ class Coordinator:
                 f"This model's maximum context length is {limit} tokens; the prompt has {len(request.prompt)}.",
             )  # fmt: skip
         ready = self.readiness()
-        if not ready.ready and not self.admission.running:
+        if not ready.ready and (self.draining or not self.admission.running):
             raise Refused(
                 503, ready.code, ready.message, retry_after_s=5.0, permanent=ready.code == "no_feasible_placement"
             )

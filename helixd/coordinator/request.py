@@ -1,7 +1,7 @@
 """A request under way: its choices run side by side, their events leave in one bounded queue.
 
-Decides how a request ends: every choice finished, one error, or the client gone. Generation does not wait for the
-client's socket until the queue is full; then the choice that has something to say waits.
+Decides how a request ends: every choice finished, one error, the client gone, or the daemon going. Generation does not
+wait for the client's socket until the queue is full; then the choice that has something to say waits.
 """
 
 import asyncio
@@ -30,6 +30,8 @@ class RequestRun:
             self._scored.set()
         self._task: asyncio.Task[None] | None = None
         self._last_route: tuple[str, ...] = ()
+        self._deadline: asyncio.Timeout | None = None
+        self._given_up: Failed | None = None
 
     @property
     def route(self) -> tuple[str, ...]:
@@ -72,17 +74,24 @@ class RequestRun:
         """Run every choice to its end; an error of one ends the request."""
         failure: Failed | None = None
         try:
-            async with asyncio.timeout(self.request.deadline_s), asyncio.TaskGroup() as choices:
+            async with (
+                asyncio.timeout(0 if self._given_up else self.request.deadline_s) as self._deadline,
+                asyncio.TaskGroup() as choices,
+            ):
                 for sequence in self.sequences:
                     choices.create_task(sequence.run(), name=f"sequence {sequence.id}")
         except* (NoRoute, PipelineLost) as errors:
             failure = Failed("pipeline_lost", str(_first(errors)))
         except* TimeoutError:
-            failure = Failed("timeout", f"the request did not finish within {self.request.deadline_s:g} s")
+            failure = self._given_up or Failed(
+                "timeout", f"the request did not finish within {self.request.deadline_s:g} s"
+            )
         except* Exception as errors:
             # One request's bug must not end the daemon; it is logged with its trace and the client is told.
             logs.event(log, logging.ERROR, "request_failed", request=self.request.request_id, exc_info=errors)
             failure = Failed("internal_error", "an internal error ended this request; the daemon's log has more")
+        finally:
+            self._deadline = None
         if failure is not None:
             while not self._events.empty():
                 self._events.get_nowait()
@@ -93,6 +102,12 @@ class RequestRun:
         """Events in order, to the end."""
         while (event := await self._events.get()) is not None:
             yield event
+
+    def give_up(self, failure: Failed) -> None:
+        """End the request with an error now, unless it is over."""
+        self._given_up = self._given_up or failure
+        if self._deadline is not None and not self._deadline.expired():
+            self._deadline.reschedule(0)
 
     async def cancel(self) -> None:
         """The client is gone: end every choice. Returns when each has released its route."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 import types
@@ -114,6 +115,41 @@ def test_bad_configuration_ends_with_every_problem(capsys: pytest.CaptureFixture
         assert printed.out == ""
         lines = printed.err.splitlines()
         assert [line.split(":")[1] for line in lines[:3]] == [" --set novalue", " --role", " --memory"]
+
+
+def test_nothing_given_is_told_the_first_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HELIXD_CONFIG", "")
+    monkeypatch.setattr("helixd.config.sources.SYSTEM_FILE", tmp_path / "none")
+    monkeypatch.setattr(cli, "find_file", lambda env, explicit: None)
+    assert cli.main([]) == Exit.CONFIG
+    printed = capsys.readouterr().err
+    assert "a coordinator needs model.path" in printed
+    assert '"helixd --model demo"' in printed
+    assert cli.main(["--role", "coordinator"]) == Exit.CONFIG
+    assert "no configuration file" not in capsys.readouterr().err
+
+
+def test_ctrl_c_while_the_daemon_is_imported_ends_it_without_a_trace() -> None:
+    script = (
+        "import sys, time\nfrom helixd.cli import main\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'helixd.daemon':\n"
+        "            print('importing', flush=True)\n            time.sleep(60)\n"
+        "sys.meta_path.insert(0, Slow())\nmain(['--model', 'demo'])"
+    )
+    command = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    with command:
+        assert command.stdout is not None
+        assert command.stdout.readline() == "importing\n"
+        command.send_signal(signal.SIGINT)
+        _, err = command.communicate(timeout=30)
+    assert command.returncode == -signal.SIGINT
+    assert err == ""
 
 
 def test_check_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -185,3 +185,21 @@ async def test_waiting_for_the_route_ends_with_the_route_the_request_or_the_time
     over.bind(asyncio.create_task(over.run()))
     async with asyncio.timeout(5):
         await over.wait_routed(60)
+
+
+async def test_giving_up_ends_it_with_the_reason_given_first() -> None:
+    first, second = Failed("shutting_down", "stopping"), Failed("other", "later")
+    run, (choice,) = request_of(lambda emit: asyncio.sleep(60), deadline_s=50)
+    asyncio.get_running_loop().call_later(0.01, lambda: (run.give_up(first), run.give_up(second)))
+    assert await collected(run) == [first]
+    assert choice.ended == "cancelled"
+
+
+async def test_giving_up_before_it_began_and_after_it_is_over() -> None:
+    failure = Failed("shutting_down", "stopping")
+    early, _ = request_of(lambda emit: asyncio.sleep(60))
+    early.give_up(failure)
+    assert await collected(early) == [failure]
+    over, _ = request_of(lambda emit: says(emit, Finished(0, "stop", 0)))
+    assert await collected(over) == [Finished(0, "stop", 0)]
+    over.give_up(failure)

@@ -1,0 +1,102 @@
+"""How a real helixd process ends: signals, what its clients see meanwhile, addresses it cannot have."""
+
+import signal
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helixd.exits import Exit
+from tests.daemons import Daemon, Daemons, Stream, daemons
+
+ENDLESS = 1900
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Iterator[Daemons]:
+    with daemons(tmp_path) as made:
+        yield made
+
+
+def ended(daemon: Daemon) -> int:
+    return daemon.process.wait(timeout=60)
+
+
+def stream(made: Daemons, max_tokens: int) -> Stream:
+    return Stream(made, {"model": "demo", "prompt": "def main():", "max_tokens": max_tokens, "stream": True})
+
+
+def wait_for_text(daemon: Daemon, text: str) -> None:
+    deadline = time.monotonic() + 60
+    while text not in daemon.text:
+        assert time.monotonic() < deadline, f"waited for {text!r} in\n{daemon.text}"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_a_stream_end_and_takes_nothing_new(made: Daemons, number: signal.Signals) -> None:
+    daemon = made.alone("demo", "--set", "cluster.timers.drain=60s")
+    made.wait_ready()
+    running = stream(made, 200).read(at_most=5)
+    daemon.signal(number)
+    wait_for_text(daemon, "draining")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        made.post("/v1/completions", {"model": "demo", "prompt": "x"})
+    assert refused.value.code == 503
+    running.read()
+    assert running.done, (running.error, running.text, daemon.text)
+    assert ended(daemon) == Exit.OK
+    assert "WARNING" not in daemon.text
+    assert " stopped\n" in daemon.text
+
+
+def test_a_second_signal_ends_streams_with_an_error_at_once(made: Daemons) -> None:
+    daemon = made.alone("demo", "--set", "cluster.timers.drain=600s")
+    made.wait_ready()
+    running = stream(made, ENDLESS).read(at_most=5)
+    daemon.signal(signal.SIGINT)
+    wait_for_text(daemon, "draining")
+    daemon.signal(signal.SIGINT)
+    running.read()
+    assert running.error is not None
+    assert running.error["code"] == "shutting_down"
+    assert not running.done
+    assert ended(daemon) == Exit.OK
+    assert "stopped_before_drained" in daemon.text
+
+
+def test_what_outlasts_the_drain_ends_with_an_error(made: Daemons) -> None:
+    daemon = made.alone("demo", "--set", "cluster.timers.drain=200ms")
+    made.wait_ready()
+    running = stream(made, ENDLESS).read(at_most=5)
+    daemon.signal(signal.SIGTERM)
+    running.read()
+    assert running.error is not None
+    assert running.error["code"] == "shutting_down"
+    assert ended(daemon) == Exit.OK
+    assert "drain_timeout requests=1" in daemon.text
+
+
+@pytest.mark.parametrize(("key", "flag"), [("api.listen", "--listen"), ("cluster.listen", "--peer-listen")])
+def test_an_address_in_use_is_named_with_the_way_out(made: Daemons, key: str, flag: str) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        address = f"127.0.0.1:{holder.getsockname()[1]}"
+        daemon = made.alone("demo", "--set", f"{key}={address}")
+        assert ended(daemon) == Exit.CONFIG
+    (line,) = daemon.text.splitlines()
+    assert f"{key} = {address}: Address already in use; give another address with {flag} HOST:PORT" in line
+
+
+def test_a_state_directory_in_use_is_named(made: Daemons) -> None:
+    made.alone("demo")
+    made.wait_ready()
+    other = made.alone("demo")
+    assert ended(other) == Exit.STATE_NOT_WRITABLE
+    assert "another helixd uses the state directory" in other.text
+    assert "--state-dir" in other.text
