@@ -113,14 +113,18 @@ class Daemons:
             "--set", f"node.id={name}", *arguments,
         )  # fmt: skip
 
-    def pinned_cluster(self, model: Path | str, stages: Mapping[str, tuple[int, int]], *arguments: str) -> None:
-        """A coordinator and one worker per stage, which holds exactly those layers."""
+    def pinned_cluster(
+        self, model: Path | str, stages: Mapping[str, tuple[int, int]], *arguments: str, worker: Sequence[str] = (),
+        excluded: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """A coordinator, and one worker per stage which holds exactly those layers. `excluded` nodes get none."""
         config = self.home / "cluster.toml"
         pins = "".join(f'[planner.pins."{name}"]\nrange = [{a}, {b}]\n' for name, (a, b) in stages.items())
+        pins += "".join(f'[planner.pins."{name}"]\nexclude = true\n' for name in excluded)
         config.write_text(f"[planner]\nwait_for_nodes = {len(stages)}\n{pins}")
         self.coordinator(model, "--config", str(config), *arguments)
         for name in stages:
-            self.worker(name, "8MiB")
+            self.worker(name, "8MiB", *worker)
 
     def alone(self, model: Path | str, *arguments: str) -> Daemon:
         """Coordinator and worker in one process."""

@@ -17,6 +17,7 @@ from helixd.coordinator.replanning import Replanner
 from helixd.coordinator.sequence import Broken, Lease, ScoresArrived, TokenArrived
 from helixd.coordinator.weights import WeightServer
 from helixd.ids import Attempt, NodeId, PeerId, SequenceId
+from helixd.plan.spec import COORDINATOR
 from helixd.protocol import messages as m
 from helixd.protocol.codec import ProtocolError, from_frame, to_frame
 from helixd.sampling import TokenLogprobs
@@ -84,10 +85,11 @@ class WorkerDesk:
         peer = self._fleet.peers.get(link.peer)
         if peer is None or peer.link is not link:
             raise ProtocolError(f"{link.peer} sent {type(message).__name__} before a welcome")
+        _check_own(peer, message)
         match message:
             case m.Tokens():
                 for drawn in message.drawn:
-                    self._on_drawn(drawn)
+                    self._on_drawn(NodeId(message.node), drawn)
             case m.Scores():
                 scores = tuple(TokenLogprobs(lp, tuple(top)) for lp, top in message.scores)
                 if (run := self._admission.holder(SequenceId(message.sequence))) is not None:
@@ -105,6 +107,8 @@ class WorkerDesk:
             case m.Measured():
                 self._on_measured(peer, message)
             case m.Probed():
+                if not message.error and not message.bandwidth_bytes_per_s:
+                    raise ProtocolError(f"{peer.id} measured no bandwidth and no error")
                 self._prober.on_probed(peer.id, message)
             case m.LinkLost():
                 self._on_link_lost(peer, message)
@@ -153,34 +157,37 @@ class WorkerDesk:
                 f"{welcome.model_name} with {welcome.fingerprint}; use the same files, or none (they are fetched)",
                 True,
             )  # fmt: skip
+        names = [hardware.node for hardware in hello.nodes]
+        if len(set(names)) < len(names) or COORDINATOR in names or "" in names:
+            return m.Refused(
+                "node_id", f"node ids must differ, and be neither empty nor {COORDINATOR!r}: {names}"[:1000], True
+            )  # fmt: skip
         return None
 
     def _on_measured(self, peer: Peer, message: m.Measured) -> None:
-        node = self._fleet.nodes.get(NodeId(message.node))
-        if node is None or node.peer != peer.id:
-            raise ProtocolError(f"{peer.id} measured node {message.node}, which is not its own")
-        node.measured = message
+        self._fleet.nodes[NodeId(message.node)].measured = message
         if all(self._fleet.nodes[n].measured is not None for n in peer.nodes):
             self._epochs.welcome_back(peer.nodes)
             self._prober.pump()
             self._replanner.something_changed()
 
     def _on_status(self, status: m.NodeStatus) -> None:
-        node = self._fleet.nodes.get(NodeId(status.node))
-        if node is not None:
-            node.status = status
-            if status.kv_capacity_token_layers:
-                self._admission.ledger.set_capacity(node.id, status.kv_capacity_token_layers)
+        node = self._fleet.nodes[NodeId(status.node)]
+        node.status = status
+        if status.kv_capacity_token_layers:
+            self._admission.ledger.set_capacity(node.id, status.kv_capacity_token_layers)
 
-    def _on_drawn(self, drawn: m.Drawn) -> None:
+    def _on_drawn(self, node: NodeId, drawn: m.Drawn) -> None:
         run = self._admission.holder(SequenceId(drawn.sequence))
-        if run is not None:
+        if run is not None and run.lease is not None and run.lease.route.hops[-1].node == node:
             logprobs = None if drawn.logprob is None else TokenLogprobs(drawn.logprob, tuple(drawn.top))
             run.deliver(TokenArrived(Attempt(drawn.attempt), drawn.step, drawn.token, logprobs))
 
     def _on_stage_failed(self, message: m.StageFailed) -> None:
         run = self._admission.holder(SequenceId(message.sequence))
         if run is None or run.lease is None or run.lease.attempt != message.attempt:
+            return
+        if message.node not in run.lease.route.nodes:
             return
         logs.event(
             log, logging.INFO, "sequence_broken", sequence=run.id, request=run.request_id, node=message.node,
@@ -215,3 +222,13 @@ class WorkerDesk:
         )
         self._replanner.something_changed()
         self.release_drained_peers()
+
+
+def _check_own(peer: Peer, message: m.Message) -> None:
+    """Raises ProtocolError for words about a node that is another worker's."""
+    match message:
+        case (
+            m.Measured(node=node) | m.NodeStatus(node=node) | m.EpochState(node=node) | m.Tokens(node=node)
+            | m.StageFailed(node=node) | m.Closed(node=node)
+        ) if node not in peer.nodes:  # fmt: skip
+            raise ProtocolError(f"{peer.id} sent {type(message).__name__} for node {node}, which is not its own")

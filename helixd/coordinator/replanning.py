@@ -7,7 +7,7 @@ there is no plan, for `/readyz` and clients. Serving never waits for it.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from helixd import logs
@@ -15,6 +15,7 @@ from helixd.coordinator.admission import Admission
 from helixd.coordinator.epochs import Epochs
 from helixd.coordinator.fleet import Fleet
 from helixd.coordinator.planning import ModelSizes, PlannerFailed, PlanningOptions, build_spec, run_planner
+from helixd.ids import NodeId
 from helixd.plan.flow import FlowModel
 from helixd.plan.plan import Infeasible, Plan
 from helixd.plan.spec import ClusterSpec
@@ -43,6 +44,7 @@ class Replanner:
     ) -> None:  # fmt: skip
         self.why_no_plan = "no worker has joined yet"
         self.infeasible = False
+        self.notes: Mapping[NodeId, str] = {}
         self._fleet = fleet
         self._epochs = epochs
         self._admission = admission
@@ -98,6 +100,18 @@ class Replanner:
             )  # fmt: skip
             self._last_move_s = time.monotonic()
             self._epochs.push(plan)
+        self.notes = self._notes(plan)
+
+    def _notes(self, plan: Plan) -> Mapping[NodeId, str]:
+        """A sentence on nodes that are idle or a bottleneck, after `plan` was adopted or not."""
+        kept = self._epochs.coming or self._epochs.active
+        said = plan.explanations or {}
+        if kept is None or kept.plan.placement == plan.placement:
+            return said
+        held = kept.plan.placement
+        unused = dict.fromkeys(plan.placement, "idle: a plan that uses it would not serve enough more to move layers")
+        about_held = {node: text for node, text in (kept.plan.explanations or {}).items() if node in held}
+        return about_held | {node: text for node, text in {**said, **unused}.items() if node not in held}
 
     async def _solve(self) -> tuple[ClusterSpec, Plan]:
         """Plan with the KV room the operator wants; where that fits nowhere, with as little as can serve."""

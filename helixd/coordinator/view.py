@@ -126,6 +126,7 @@ def _node_view(c: Coordinator, node_id: NodeId) -> Mapping[str, object]:
         "rtt_s": peer.link.rtt_s,
         "layers": None if layers is None else layers.to_pair(),
         "confirmed": None if confirmed is None else {"epoch": confirmed.epoch, "state": confirmed.state},
+        "note": c.replanner.notes.get(node_id),
         "problem": confirmed.message if confirmed is not None and confirmed.state == "failed" else None,
         "kv_reserved_token_layers": ledger.used(node_id),
         "measured": None

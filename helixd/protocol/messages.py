@@ -8,7 +8,7 @@ Identity: a data message names the coordinator's `incarnation`, the `epoch`, and
 first position. Whoever receives a stale identity drops the message and counts it.
 """
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
@@ -19,7 +19,12 @@ PROTOCOL_VERSION = 1
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=1000)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
-Points = list[tuple[float, float]]
+# The bounds also keep out NaN and infinity, with which nothing can be planned.
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+Rate = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
+Point = tuple[Annotated[float, msgspec.Meta(gt=0, le=1e9)], Annotated[float, msgspec.Meta(gt=0, le=1e9)]]
+Points = Annotated[list[Point], msgspec.Meta(min_length=1, max_length=256)]
+NodeState = Literal["loading", "ready", "failed"]
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):
@@ -100,12 +105,12 @@ class Probe(Message, frozen=True):
 
 
 class Probed(Message, frozen=True):
-    """Worker -> coordinator: the answer to `Probe`; `error` is "" when it worked."""
+    """Worker -> coordinator: the answer to `Probe`; `error` is "" when it worked, the numbers are 0 when not."""
 
     KIND: ClassVar[int] = 6
     peer: Name
-    rtt_s: float
-    bandwidth_bytes_per_s: float
+    rtt_s: Seconds
+    bandwidth_bytes_per_s: Rate
     error: Text
 
 
@@ -139,12 +144,12 @@ class EpochPush(Message, frozen=True):
 
 
 class EpochState(Message, frozen=True):
-    """Worker -> coordinator: how far a node is with an epoch. `state` is loading, ready or failed."""
+    """Worker -> coordinator: how far a node is with an epoch."""
 
     KIND: ClassVar[int] = 8
     epoch: int
     node: Name
-    state: Name
+    state: NodeState
     done: Count
     total: Count
     message: Text
@@ -286,14 +291,14 @@ class NodeStatus(Message, frozen=True):
     KIND: ClassVar[int] = 19
     node: Name
     steps_done: Count
-    oldest_work_age_s: float
+    oldest_work_age_s: Seconds
     queued_tokens: Count
     open_sequences: Count
     kv_used_token_layers: Count
     kv_capacity_token_layers: Count
     kv_pages_used: Count
     stale_frames: Count
-    loop_lag_s: float
+    loop_lag_s: Seconds
     resident_bytes: Count
     weight_bytes_loaded: Count
 
