@@ -13,6 +13,7 @@ from typing import cast
 import msgspec
 from aiohttp import web
 
+from helixd import logs
 from helixd.api.errors import JSON_TYPE, ApiError, where
 from helixd.api.middleware import REQUEST_ID_HEADER, new_request_id
 from helixd.api.options import ApiOptions
@@ -70,7 +71,8 @@ class Connection(web.RequestHandler):
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun already; cannot send an error instead")
         if status >= 500:
-            log.error("connection failed with %s in %s", type(exc).__name__, where(exc) if exc else "unknown")
+            at = where(exc) if exc else "unknown"
+            logs.event(log, logging.ERROR, "connection_failed", error=type(exc).__name__, at=at)
             error = ApiError(status, "The server failed to answer this request.", code="internal_error")
         else:
             error = ApiError(
@@ -84,8 +86,8 @@ class Connection(web.RequestHandler):
     def log_exception(self, *args: object, **kw: object) -> None:
         """Aiohttp's report of an unexpected error, without its text."""
         error = kw.get("exc_info")
-        detail = f"{type(error).__name__} in {where(error)}" if isinstance(error, BaseException) else "unknown"
-        log.error("connection failed with %s", detail)
+        at = where(error) if isinstance(error, BaseException) else "unknown"
+        logs.event(log, logging.ERROR, "connection_failed", error=type(error).__name__, at=at)
 
 
 def _turned_away() -> bytes:

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import hdrs, web
 
+from helixd import logs
 from helixd.api.auth import client_of
 from helixd.api.errors import ApiError, of_http, of_refused, where
 from helixd.api.state import CLIENT, REQUEST_ID, STATE
@@ -54,7 +55,8 @@ async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResp
     except ConnectionError:
         raise
     except Exception as error:
-        log.error("request id=%s failed with %s in %s", request_id_of(request), type(error).__name__, where(error))
+        kind = type(error).__name__
+        logs.event(log, logging.ERROR, "request_failed", request=request_id_of(request), error=kind, at=where(error))
         answer = ApiError(500, "The server failed to answer this request.", code="internal_error")
     request.app[STATE].metrics.rejected(answer.code or f"http_{answer.status}")
     return answer.response()

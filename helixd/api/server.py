@@ -14,6 +14,7 @@ from ssl import SSLContext
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
+from helixd import logs
 from helixd.api import generate, health, models, tokenize
 from helixd.api.connection import Connection
 from helixd.api.metrics import ApiMetrics
@@ -125,6 +126,4 @@ async def _cancelled(state: ApiState) -> None:
         async with asyncio.timeout(state.options.shutdown_timeout_s):
             await state.in_flight.empty()
     except TimeoutError:
-        log.warning(
-            "requests still in flight after %g s are left to end by themselves", state.options.shutdown_timeout_s
-        )
+        logs.event(log, logging.WARNING, "requests_left", limit_s=state.options.shutdown_timeout_s)

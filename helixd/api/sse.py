@@ -6,6 +6,7 @@ admitted, so refusals keep their status. After that an error is a frame of its o
 """
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -14,11 +15,13 @@ from aiohttp import web
 
 from helixd.api.envelope import Json
 from helixd.api.errors import ApiError, of_failed, where
-from helixd.api.flight import Flight, log, task_group
+from helixd.api.flight import Flight, task_group
 from helixd.api.options import ApiOptions
 from helixd.api.output import OutputBuffer
 from helixd.coordinator.generation import Event, Failed
 from helixd.errors import HelixError
+
+log = logging.getLogger("helixd.api")
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"

@@ -16,6 +16,7 @@ from typing import Any, Self
 import aiohttp
 from aiohttp import web
 
+from helixd import logs
 from helixd.errors import HelixError, PeerLost
 from helixd.ids import PeerId
 from helixd.wire.channel import Channel, PeerClientWebSocket
@@ -270,7 +271,9 @@ class Endpoint:
             partial(_release, control, bulk),
         )
         self._registry.add(link)
-        logger.info("link up peer=%s incarnation=%d host=%s", them.peer, them.incarnation, link.remote_host)
+        logs.event(
+            logger, logging.INFO, "link_up", peer=them.peer, incarnation=them.incarnation, host=link.remote_host
+        )  # fmt: skip
         return link
 
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -357,7 +360,7 @@ class Endpoint:
         if len(self._complaints) >= _MAX_COMPLAINTS:
             self._complaints.clear()
         self._complaints[where] = now_s
-        logger.warning("peer port: connection from %s refused: %s", where, reason)
+        logs.event(logger, logging.WARNING, "peer_refused", host=where, reason=reason)
 
 
 async def _release(control: Channel, bulk: Channel) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from helixd import logs
 from helixd.errors import PeerLost
 from helixd.ids import Incarnation, PeerId
 from helixd.wire.bulk_receiver import empty_buffer
@@ -107,6 +108,8 @@ class MemoryLink:
         self._spawn = spawn
         self._on_closed = on_closed
         self._closed: str | None = None
+        self._farewell: str | None = None
+        self._handling = 0
         self._other: MemoryLink | None = None
         self._tally = LinkTally()
         self._small = _Lane(options.small_window_bytes)
@@ -143,6 +146,11 @@ class MemoryLink:
     def counters(self) -> LinkCounters:
         """What was carried so far."""
         return self._tally.snapshot()
+
+    @property
+    def drained(self) -> bool:
+        """Whether nothing this end sent is under way."""
+        return not self._small.queue and not self._bulk.queue
 
     def join(self, other: "MemoryLink") -> None:
         """Make `other` the far end. Both ends call it before either starts."""
@@ -207,14 +215,18 @@ class MemoryLink:
         self.fail(f"connection lost: {reason}", told=None)
 
     def fail(self, reason: str, told: str | None = None) -> None:
-        """Close this end for `reason` and the other one with what it can know. Idempotent."""
+        """Close this end for `reason`. Idempotent.
+
+        With `told` the other end handles what was sent before it closes for that; without, both lose what is under way.
+        """
         if self._closed is not None:
             return
         self._closed = reason
         error = PeerLost(self.peer, reason)
         for lane in (self._small, self._bulk):
             lane.gate.fail(error)
-            lane.queue.clear()
+            if told is None:
+                lane.queue.clear()
         for awaited in list(self._awaited):
             if not awaited.done():
                 awaited.set_exception(error)
@@ -225,7 +237,17 @@ class MemoryLink:
         self._on_closed(self, reason)
         # While held back, the news does not reach the other end; its own watch ends it.
         if not self._outward.held:
-            self._far_end().fail(f"the peer closed the link: {told}" if told else "connection lost")
+            self._far_end().hear_farewell(told)
+
+    def hear_farewell(self, told: str | None) -> None:
+        """The other end has closed."""
+        if told is None:
+            self.fail("connection lost")
+            return
+        self._farewell = f"the peer closed the link: {told}"
+        other = self._far_end()
+        other._small.wake.set()
+        other._bulk.wake.set()
 
     def _far_end(self) -> "MemoryLink":
         if self._other is None:
@@ -258,6 +280,9 @@ class MemoryLink:
         loop = asyncio.get_running_loop()
         while self._closed is None:
             if not lane.queue:
+                if self._farewell is not None and not self._handling and self._far_end().drained:
+                    self.fail(self._farewell, told=None)
+                    return
                 lane.wake.clear()
                 await lane.wake.wait()
                 continue
@@ -271,7 +296,11 @@ class MemoryLink:
             lane.queue.popleft()
             if isinstance(item, Frame):
                 self._tally.bulk_frames_received += bulk
-                await self._handle(handler, item)
+                self._handling += 1
+                try:
+                    await self._handle(handler, item)
+                finally:
+                    self._handling -= 1
                 if self._closed is not None:
                     return
             elif not item.done():
@@ -291,7 +320,7 @@ class MemoryLink:
                 self.fail(f"no answer for {dead_after_s} s")
             else:
                 if self._far_end().closed is not None:
-                    self.fail("connection lost")
+                    self.hear_farewell(None)
 
     async def _handle(self, handler: FrameHandler, frame: Frame) -> None:
         self._tally.frames_received += 1
@@ -299,7 +328,7 @@ class MemoryLink:
         try:
             await handler(self, frame)
         except Exception as error:
-            logger.exception("link peer=%s closed: the handler of a frame of kind %d failed", self.peer, frame.kind)
+            logs.event(logger, logging.ERROR, "frame_failed", peer=self.peer, kind=frame.kind, exc_info=True)
             self.fail(
                 f"handler of a frame of kind {frame.kind} failed: {error!r}",
                 told=f"a frame of kind {frame.kind} could not be handled",

@@ -12,6 +12,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.web_server import Server
 
+from helixd import logs
 from helixd.wire.options import WireOptions
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,9 @@ class GuardedHandler(web.RequestHandler):
         super().connection_made(transport)
         options = self._door.options
         if len(self._door.strangers) >= options.max_pending:
-            logger.warning("peer port: %d connections wait for authentication, one more refused", options.max_pending)
+            logs.event(
+                logger, logging.WARNING, "peer_refused", reason="too many wait to be let in", limit=options.max_pending
+            )
             self._abort()
             return
         self._stranger = True

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 from aiohttp._websocket.helpers import websocket_mask
 
+from helixd import logs
 from helixd.wire.errors import FrameError
 
 _BINARY = 0x2
@@ -217,7 +218,7 @@ class MessageStream(asyncio.BufferedProtocol):
             sink.broken(error)
         except Exception as error:
             self._over = True
-            logger.exception("a message could not be taken in")
+            logs.event(logger, logging.ERROR, "message_failed", exc_info=True)
             sink.broken(FrameError(f"internal error: {error!r}"))
 
     def _take_one(self, sink: MessageSink, count: int) -> bool:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+from helixd import logs
 from helixd.errors import PeerLost
 from helixd.ids import Incarnation, PeerId
 from helixd.wire.bulk import BulkSender
@@ -270,11 +271,11 @@ class WebSocketLink:
 
     def broken(self, error: FrameError) -> None:
         """The peer broke the protocol."""
-        logger.warning("link peer=%s closed: it broke the protocol: %s", self.peer, error)
+        logs.event(logger, logging.WARNING, "protocol_broken", peer=self.peer, reason=str(error))
         self.fail(f"the peer broke the protocol: {error}", told=f"you broke the protocol: {error}")
 
     def _handling_failed(self, frame: Frame, error: BaseException) -> None:
-        logger.error("link peer=%s closed: handling a frame of kind %d failed", self.peer, frame.kind, exc_info=error)
+        logs.event(logger, logging.ERROR, "frame_failed", peer=self.peer, kind=frame.kind, exc_info=error)
         reason = f"a frame of kind {frame.kind} could not be handled"
         self.fail(f"{reason}: {error!r}", told=reason)
 
@@ -283,8 +284,7 @@ class WebSocketLink:
             self.fail(f"connection lost: {reason}")
 
     def _leave_if_done(self) -> None:
-        done = self._small_inbox.empty and self._bulk_inbox.empty
-        if self._farewell is not None and self._bulk_over and done:
+        if self._farewell is not None and self._bulk_over and self._small_inbox.empty and self._bulk_inbox.empty:
             self.fail(self._farewell, told="")
 
     def _say_goodbye(self, told: str | None) -> None:
@@ -312,7 +312,7 @@ class WebSocketLink:
                 await self._control_gone.wait()
                 await self._bulk_gone.wait()
         except TimeoutError:
-            logger.debug("link peer=%s: no answer to the close within %s s", self.peer, self._options.close_timeout_s)
+            logs.event(logger, logging.DEBUG, "no_farewell", peer=self.peer, limit_s=self._options.close_timeout_s)
         finally:
             self._control.abort()
             self._bulk.abort()
@@ -326,7 +326,7 @@ class WebSocketLink:
         except (ConnectionError, PeerLost) as error:
             self.fail(f"connection lost: {error}")
         except Exception as error:
-            logger.exception("link peer=%s closed: internal error in %s", self.peer, name)
+            logs.event(logger, logging.ERROR, "link_failed", peer=self.peer, part=name, exc_info=True)
             self.fail(f"internal error: {error!r}", told="internal error")
 
     async def _send_bulk(self, kind: int, body: object, payload: memoryview) -> None:
