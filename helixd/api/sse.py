@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 from aiohttp import web
 
+from helixd import logs
 from helixd.api.envelope import Json
 from helixd.api.errors import ApiError, of_failed, where
 from helixd.api.flight import Flight, task_group
@@ -130,7 +131,7 @@ async def _forward(buffer: OutputBuffer, writer: SseWriter, chunks: Chunks, keep
 
 async def _end_with_error(writer: SseWriter, flight: Flight, error: Exception) -> None:
     if not isinstance(error, ApiError):
-        log.error("stream failed with %s in %s", type(error).__name__, where(error))
+        logs.event(log, logging.ERROR, "stream_failed", error=type(error).__name__, at=where(error))
         error = ApiError(500, "The server failed to finish this request.", code="internal_error")
     flight.outcome = error.code or str(error.status)
     writer.response.force_close()
