@@ -162,7 +162,7 @@ async def run_planner(spec: ClusterSpec, time_limit_s: float) -> Plan:
         raise PlannerFailed(f"the planner's process ended with status {child.returncode}")
     try:
         return msgspec.json.decode(answer, type=Plan)
-    except msgspec.ValidationError as error:
+    except msgspec.DecodeError as error:
         raise PlannerFailed(f"the planner's answer makes no sense: {error}") from error
 
 
