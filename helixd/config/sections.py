@@ -28,13 +28,13 @@ class NodeConfig:
     name: str = key("", kinds.TEXT, "Name for people, in logs and /cluster. Empty: the host's name.")
     state_dir: Path = key(
         kinds.UNSET_PATH, kinds.PATH,
-        "Where identity, measurements and the last plan are kept. Empty: $STATE_DIRECTORY, else"
+        "Where identity, measurements and the last epoch are kept. Empty: $STATE_DIRECTORY, else"
         " $XDG_STATE_HOME/helixd, else ~/.local/state/helixd.",
     )  # fmt: skip
     cache_dir: Path = key(
         kinds.UNSET_PATH, kinds.PATH,
-        "Where what can be made again is kept. Empty: $CACHE_DIRECTORY, else $XDG_CACHE_HOME/helixd, else"
-        " ~/.cache/helixd.",
+        "Where weights fetched from the coordinator are kept. Empty: $CACHE_DIRECTORY, else"
+        " $XDG_CACHE_HOME/helixd, else ~/.cache/helixd.",
     )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ class ClusterConfig:
     )
     advertise: Address | None = key(
         None, kinds.OPTIONAL_ADDRESS,
-        "Address other daemons should use for this one. Empty: where its connections come from, and listen's port.",
+        "Address other workers should use for this one. Empty: where its connections come from, and listen's port.",
     )  # fmt: skip
     secret_file: Path | None = key(
         None, kinds.OPTIONAL_PATH,
@@ -152,14 +152,16 @@ class DeviceConfig:
         (), kinds.DEVICES, 'Torch devices, as in ["cpu"] or ["cuda:0", "cuda:1"]. "auto": every GPU, else the CPU.'
     )
     memory_bytes: int | None = key(
-        None, kinds.MEMORY, 'Memory of each node for weights and KV cache together. "auto": most of what is free.'
-    )
+        None, kinds.MEMORY,
+        "Memory of each node for weights and KV cache together. Beside it the process itself takes up to 512 MiB."
+        ' "auto": most of what is free.',
+    )  # fmt: skip
     threads: int = key(0, kinds.integer(0, 4096), "Threads that compute on a CPU. 0: torch's choice.")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """How requests are batched on a node."""
+    """How requests are batched on a node. The coordinator's values hold for every worker."""
 
     max_batch_sequences: int = key(64, kinds.integer(1), "Sequences in one step.")
     max_batch_tokens: int = key(512, kinds.integer(1), "Tokens in one step, decode and prefill together.")
