@@ -5,7 +5,7 @@ changed (bad work, no KV room) or advances every sequence of the batch. Knows no
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -266,14 +266,20 @@ class Engine:
             rows[index] = row
             row += job.count
         hidden = self._inputs([jobs[index].work for index in order])
+        last = self.config.num_layers - 1
+        read = _read_rows((jobs[index] for index in order), last + 1, self._device)
         for segment in plan_segments(self.config, self._pool, self._ropes, items):
             active = hidden if segment.rows is None else hidden[segment.rows]
+            target = segment.rows
             for layer in segment.layers.layers():
-                active = self._layers[layer](active, segment)
-            if segment.rows is None:
+                keep = read if layer == last else None
+                active = self._layers[layer](active, segment, keep)
+                if keep is not None:
+                    target = keep if segment.rows is None else segment.rows[keep]
+            if target is None:
                 hidden = active
             else:
-                hidden[segment.rows] = active
+                hidden[target] = active
         return rows, hidden
 
     def _inputs(self, works: Sequence[StageWork]) -> Tensor:
@@ -334,3 +340,19 @@ class Engine:
         if self.options.threads and self._device.type == "cpu" and self._threads_set_in != here:
             torch.set_num_threads(self.options.threads)
             self._threads_set_in = here
+
+
+def _read_rows(jobs: Iterable[Job], num_layers: int, device: torch.device) -> Tensor | None:
+    """Of the rows that go through the last layer, in order, those that a token is drawn from or scored after."""
+    rows: list[int] = []
+    at = 0
+    for job in jobs:
+        if job.sequence.spec.layers.end < num_layers:
+            continue
+        end = at + job.count
+        if job.work.score is not None:
+            rows.extend(range(at, end))
+        elif job.work.sample:
+            rows.append(end - 1)
+        at = end
+    return None if len(rows) == at else torch.tensor(rows, dtype=torch.int64, device=device)

@@ -55,9 +55,18 @@ class DecoderLayer:
     q_norm: RmsNorm | None = None
     k_norm: RmsNorm | None = None
 
-    def __call__(self, hidden: Tensor, segment: Segment) -> Tensor:
-        """`hidden [n, hidden_size]` of the segment's rows through the layer, as a new tensor."""
-        mixed = self._attention(hidden if self.attention_norm is None else self.attention_norm(hidden), segment)
+    def __call__(self, hidden: Tensor, segment: Segment, keep: Tensor | None = None) -> Tensor:
+        """`hidden [n, hidden_size]` of the segment's rows through the layer, as a new tensor.
+
+        `keep`: indices of the rows that are wanted of it, all if None; of the others only the KV is made.
+        """
+        q, k, v = self._projections(hidden if self.attention_norm is None else self.attention_norm(hidden), segment)
+        segment.store(self.index, k, v)
+        if keep is not None and len(keep) == 0:
+            return hidden[:0]
+        mixed = segment.attend(self.index, q, k, v)
+        if keep is not None:
+            mixed, hidden = mixed[keep], hidden[keep]
         if self.attention_post_norm is None:
             hidden = self.o(mixed, hidden)
         else:
@@ -67,7 +76,8 @@ class DecoderLayer:
             return self.feed_forward(x, hidden)
         return self.mlp_post_norm(self.feed_forward(x)).add_(hidden)
 
-    def _attention(self, x: Tensor, segment: Segment) -> Tensor:
+    def _projections(self, x: Tensor, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated `q [n, heads, head_dim]` and `k`, and `v`, `[n, kv_heads, head_dim]`."""
         config = self.config
         queries, kv, dim = config.num_heads, config.num_kv_heads, config.head_dim
         rows = x.shape[0]
@@ -83,4 +93,4 @@ class DecoderLayer:
         rotation = segment.rotation(self.index)
         if rotation is not None:
             qk = rotate(qk, rotation)
-        return segment.attend(self.index, qk[:, :queries], qk[:, queries:], v)
+        return qk[:, :queries], qk[:, queries:], v

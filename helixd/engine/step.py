@@ -88,25 +88,30 @@ class Segment:
         """cos and sin of the active rows at `layer`."""
         return self._rotations[layer]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write `k`, `v [n, kv, dim]` to the pool and attend with `q [n, heads, dim]`: `[n, heads * dim]`."""
-        if self._query_scale is not None:
-            q = q * self._query_scale
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write the rows' `k`, `v [n, kv, dim]` to the pool."""
         count = self._singles
-        window = self._windows[layer]
         pool_k, pool_v = self._pool.k, self._pool.v
         if count:
             ids, offsets = self._single_pages[layer], self._single_offsets
             pool_k[ids, :, :, offsets] = k[:count]
             pool_v[ids, :, offsets] = v[:count]
-            decoded = self._decode[window].run(layer, q[:count])
-            if not self._spans:
-                return decoded
         for piece in self._pieces:
             page = piece.page.slab.base(layer) + piece.page.number
             end = piece.offset + piece.end - piece.start
             pool_k[page, :, :, piece.offset : end] = k[piece.start : piece.end].permute(1, 2, 0)
             pool_v[page, :, piece.offset : end] = v[piece.start : piece.end].transpose(0, 1)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend with `q [n, heads, dim]`, once the rows' own `k`, `v [n, kv, dim]` are stored: `[n, heads * dim]`."""
+        if self._query_scale is not None:
+            q = q * self._query_scale
+        count = self._singles
+        window = self._windows[layer]
+        if count:
+            decoded = self._decode[window].run(layer, q[:count])
+            if not self._spans:
+                return decoded
         out = q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
         if count:
             out[:count] = decoded

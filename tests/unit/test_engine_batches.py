@@ -70,14 +70,14 @@ ENTRIES = [0, 0, 1, 3]
 ENDS = [LAYERS, 2, LAYERS, LAYERS]
 
 
-def work_of(which: int, start: int, end: int) -> StageWork:
-    """Positions `[start, end)` of one of four fixed sequences."""
+def work_of(which: int, start: int, end: int, wanted: str = "scores") -> StageWork:
+    """Positions `[start, end)` of one of four fixed sequences. `wanted` of the last stage: scores, token or nothing."""
     last = ENDS[which] == LAYERS
-    if ENTRIES[which] == 0:
-        ids = IDS[which][start:end]
-        return StageWork(SequenceId(which), start, token_ids=ids, score=ids if last else None)
     ids = IDS[which][start:end]
-    return StageWork(SequenceId(which), start, hidden=HIDDEN[which][start:end], score=ids if last else None)
+    score, sample = ids if last and wanted == "scores" else None, last and wanted == "token"
+    if ENTRIES[which] == 0:
+        return StageWork(SequenceId(which), start, token_ids=ids, score=score, sample=sample)
+    return StageWork(SequenceId(which), start, hidden=HIDDEN[which][start:end], score=score, sample=sample)
 
 
 def spec_of(which: int) -> SequenceSpec:
@@ -91,8 +91,10 @@ def values(engine: Engine, works: list[StageWork]) -> list[torch.Tensor]:
     for result in engine.forward(works):
         if result.hidden is not None:
             out.append(result.hidden.clone())
+        elif result.scores is None:
+            assert result.token is None
+            out.append(torch.empty(0, 1))
         else:
-            assert result.scores is not None
             out.append(torch.tensor([score.logprob for score in result.scores if score is not None]).unsqueeze(1))
     return out
 
@@ -109,27 +111,37 @@ def solo() -> list[torch.Tensor]:
 
 SOLO = solo()
 
-# For each sequence in a step: how many tokens it advances (0: not in the batch), and how far it goes back first.
-moves = st.tuples(*[st.tuples(st.sampled_from([0, 1, 1, 2, 3, 9]), st.sampled_from([0, 0, 0, 1, 6]))] * 4)
+# For each sequence in a step: how many tokens it advances (0: not in the batch), how far it goes back first, and what
+# is wanted of the last stage.
+moves = st.tuples(
+    *[
+        st.tuples(
+            st.sampled_from([0, 1, 1, 2, 3, 9]),
+            st.sampled_from([0, 0, 0, 1, 6]),
+            st.sampled_from(["scores", "nothing"]),
+        )
+    ]
+    * 4
+)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(moves, st.sampled_from([None, None, None, 0, 1, 2, 3])), max_size=12))
 def test_any_interleaving_equals_solo_runs(
-    steps: list[tuple[tuple[tuple[int, int], ...], int | None]],
+    steps: list[tuple[tuple[tuple[int, int, str], ...], int | None]],
 ) -> None:
     lengths: dict[int, int] = {}
     try:
         for move, closed in steps:
             works = []
-            for which, (forward, back) in enumerate(move):
+            for which, (forward, back, wanted) in enumerate(move):
                 if which not in lengths:
                     ENGINE.open(spec_of(which))
                     lengths[which] = 0
                 start = max(0, lengths[which] - back)
                 end = min(start + forward, TOTAL)
                 if end > start:
-                    works.append(work_of(which, start, end))
+                    works.append(work_of(which, start, end, wanted))
                     lengths[which] = end
             for work, got in zip(works, values(ENGINE, works), strict=True):
                 expected = SOLO[work.sequence][work.start : work.start + len(got)]
@@ -144,6 +156,24 @@ def test_any_interleaving_equals_solo_runs(
             ENGINE.close(SequenceId(which))
     ENGINE.check_integrity()
     assert ENGINE.kv_pages_used == ENGINE.kv_used_token_layers == 0
+
+
+@pytest.mark.parametrize("others", ["scores", "nothing", "token"])
+def test_a_token_does_not_depend_on_what_others_of_the_step_want(others: str) -> None:
+    """Rows that nobody reads are left out of the last layer; those that are read must be the right ones."""
+    tokens = []
+    for companions in ([], [0, 2]):
+        for which in [*companions, 3]:
+            ENGINE.open(dataclasses.replace(spec_of(which), prompt_tokens=1, prefix=IDS[which][:9]))
+        works = [work_of(which, 0, 7, others) for which in companions]
+        if others == "token":  # a sampler counts from its prefix on
+            works = [work_of(which, 0, 9, others) for which in companions]
+        results = ENGINE.forward([*works, work_of(3, 0, 9, "token")])
+        tokens.append(results[-1].token)
+        for which in range(4):
+            ENGINE.close(SequenceId(which))
+    assert tokens[0] is not None
+    assert tokens[0] == tokens[1]
 
 
 def test_a_full_pool_refuses_the_batch_and_changes_nothing() -> None:
