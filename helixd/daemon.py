@@ -35,8 +35,7 @@ from helixd.wire.memory import connect_in_process
 from helixd.wire.options import WireOptions
 from helixd.wire.peers import PeerIdentity
 from helixd.wire.tuning import install_uvloop, tune_malloc
-from helixd.worker.devices import node_setups
-from helixd.worker.weights import LocalStore
+from helixd.worker.backend import Backend, NodeSetup
 from helixd.worker.worker import JoinRefused, Worker, WorkerOptions
 
 log = logging.getLogger(__name__)
@@ -206,12 +205,8 @@ class Daemon:
             state_dir=config.node.state_dir, cache_dir=config.node.cache_dir / "weights",
             retry_max_s=config.cluster.timers.join_retry_max_s,
         )  # fmt: skip
-        setups = await asyncio.to_thread(
-            node_setups, peer, config.device.devices, config.device.memory_bytes, config.device.threads
-        )
-        worker = Worker(
-            endpoint, connect, setups, options, LocalStore(checkpoint.index) if checkpoint is not None else None
-        )  # fmt: skip
+        setups, backend = await asyncio.to_thread(_devices, config, peer, checkpoint)
+        worker = Worker(endpoint, connect, setups, options, backend)
         parts.append(worker)
         self.worker = worker
         running = tasks.create_task(worker.run(), name="worker")
@@ -222,6 +217,17 @@ class Daemon:
                 log, logging.INFO, "node", node=setup.node, device=setup.device, name=setup.device_name,
                 memory_mib=round(setup.memory_budget_bytes / 2**20),
             )  # fmt: skip
+
+
+def _devices(config: Config, peer: PeerId, checkpoint: Checkpoint | None) -> tuple[list[NodeSetup], Backend]:
+    """This worker's nodes and what computes for them. Blocking: torch is imported here and only where it is needed."""
+    from helixd.worker.devices import node_setups
+    from helixd.worker.torch_backend import TorchBackend
+    from helixd.worker.weights import LocalStore
+
+    device = config.device
+    setups = node_setups(peer, device.devices, device.memory_bytes, device.threads)
+    return setups, TorchBackend(LocalStore(checkpoint.index) if checkpoint is not None else None)
 
 
 async def _end(task: asyncio.Task[None]) -> None:

@@ -27,7 +27,8 @@ from helixd.wire.link import Link
 from helixd.wire.memory import MemoryEndpoint, MemoryNetwork
 from helixd.wire.options import WireOptions
 from helixd.wire.peers import PeerIdentity
-from helixd.worker.host import NodeSetup
+from helixd.worker.backend import NodeSetup
+from helixd.worker.torch_backend import TorchBackend
 from helixd.worker.weights import LocalStore
 from helixd.worker.worker import Worker, WorkerOptions
 
@@ -140,7 +141,8 @@ class Cluster:
 
         setup = NodeSetup(NodeId(name), "cpu", "test", memory_bytes, memory_bytes, 1)
         options = WorkerOptions(advertise="127.0.0.1", port=port, status_interval_s=0.1, state_dir=state or self._state)
-        worker = Worker(endpoint, connect, [setup], options, LocalStore(SafetensorsIndex.open(self._path)))
+        store = LocalStore(SafetensorsIndex.open(self._path))
+        worker = Worker(endpoint, connect, [setup], options, TorchBackend(store))
         parts.append(worker)
         unit = WorkerUnit(name, worker, endpoint, self._tasks.create_task(_run(worker), name=f"worker {name}"))
         self.units.append(unit)

@@ -8,12 +8,11 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from helixd.engine.engine import Engine
-from helixd.engine.types import EngineOptions, SequenceSpec, StageWork
+from helixd.engine.types import EngineOptions, LayerTimes, SequenceSpec, StageWork
 from helixd.errors import ModelError
 from helixd.ids import SequenceId
 from helixd.layers import LayerRange
@@ -23,14 +22,6 @@ from helixd.model.weights import RawTensor
 
 _RUNS = 5
 _PATTERN_VALUES = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class LayerTimes:
-    """`(tokens, seconds for one layer)` points, rising; a decode batch counts sequences."""
-
-    prompt_layer_time_s: tuple[tuple[float, float], ...]
-    decode_layer_time_s: tuple[tuple[float, float], ...]
 
 
 class RandomWeights:

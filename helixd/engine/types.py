@@ -5,13 +5,15 @@ positions that enter at different layers: at layer l the batch is every work ite
 """
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from helixd.ids import SequenceId
 from helixd.layers import LayerRange
 from helixd.model.decoder import DType
 from helixd.sampling import SamplingParams, TokenLogprobs
+
+if TYPE_CHECKING:  # what stands in for an engine without computing needs no torch
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class StageWork:
     sequence: SequenceId
     start: int
     token_ids: tuple[int, ...] | None = None
-    hidden: torch.Tensor | None = None
+    hidden: "torch.Tensor | None" = None
     sample: bool = False
     score: tuple[int | None, ...] | None = None
 
@@ -63,7 +65,15 @@ class StageResult:
     """`hidden` `[n, hidden_size]` for the next stage (engine dtype), or at the last stage the drawn token."""
 
     sequence: SequenceId
-    hidden: torch.Tensor | None = None
+    hidden: "torch.Tensor | None" = None
     token: int | None = None
     logprobs: TokenLogprobs | None = None
     scores: tuple[TokenLogprobs | None, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTimes:
+    """`(tokens, seconds for one layer)` points, rising; a decode batch counts sequences."""
+
+    prompt_layer_time_s: tuple[tuple[float, float], ...]
+    decode_layer_time_s: tuple[tuple[float, float], ...]

@@ -3,87 +3,18 @@
 Turns passes (bytes) into the engine's tensors and the engine's results into payloads per next hop. Knows no sockets.
 """
 
-import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
+from collections.abc import Sequence
 
 import torch
 
 from helixd.engine.engine import Engine
-from helixd.engine.types import SequenceSpec, StageResult, StageWork
+from helixd.engine.loader import TORCH_DTYPES
+from helixd.engine.types import StageResult, StageWork
 from helixd.errors import OutOfKv
 from helixd.ids import SequenceId
 from helixd.model.decoder import DType
-from helixd.sampling import TokenLogprobs
 from helixd.worker.batcher import Pass
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-TORCH_DTYPES: dict[DType, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-
-
-class ComputeThread:
-    """The thread in which a device computes and loads; calls run one after another, never on the event loop."""
-
-    def __init__(self, name: str) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
-
-    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The call's result, computed in the thread. A cancelled await does not stop the call."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, lambda: call(*args, **kwargs))
-
-    def close(self) -> None:
-        """Let the running call end; no more are taken."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredPass:
-    """A pass with the ids whose log probabilities are wanted (None: none are)."""
-
-    item: Pass
-    score: tuple[int | None, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What the thread does next, in this order. `groups[i]` is the next hop of `passes[i]` ("" for none)."""
-
-    closes: tuple[SequenceId, ...]
-    opens: tuple[SequenceSpec, ...]
-    passes: tuple[ScoredPass, ...]
-    groups: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DrawnToken:
-    """A token drawn by a pass."""
-
-    item: Pass
-    token: int
-    logprobs: TokenLogprobs | None
-
-
-@dataclass(slots=True)
-class StepOutcome:
-    """What came of a step. `rows`: next hop, the passes that go there, and their rows as one buffer.
-
-    `failed`: passes that could not be computed, each with the reason.
-    """
-
-    rows: list[tuple[str, list[Pass], memoryview]] = field(default_factory=list)
-    drawn: list[DrawnToken] = field(default_factory=list)
-    scored: list[tuple[Pass, tuple[TokenLogprobs | None, ...]]] = field(default_factory=list)
-    out_of_kv: list[Pass] = field(default_factory=list)
-    failed: list[tuple[Pass, str]] = field(default_factory=list)
+from helixd.worker.steps import DrawnToken, ScoredPass, Step, StepOutcome
 
 
 class NodeCompute:

@@ -7,7 +7,7 @@ import torch
 from helixd.engine.memory import device_memory, runtime_bytes
 from helixd.errors import ConfigError
 from helixd.ids import NodeId, PeerId
-from helixd.worker.host import NodeSetup
+from helixd.worker.backend import NodeSetup
 
 AUTO_SHARE = 0.9
 

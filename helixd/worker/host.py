@@ -6,67 +6,38 @@ plans: the session says what to hold.
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from helixd.engine.engine import Engine
-from helixd.engine.timing import LayerTimes
-from helixd.engine.types import EngineOptions
+from helixd.engine.types import LayerTimes
 from helixd.errors import HelixError
-from helixd.ids import Epoch, NodeId
+from helixd.ids import Epoch
 from helixd.layers import LayerRange
-from helixd.model.decoder import DecoderConfig, DType
 from helixd.model.sizes import layer_bytes
 from helixd.model.weights import WeightSource
-from helixd.wire.tuning import release_free_memory
-from helixd.worker.batcher import BatchLimits
-from helixd.worker.compute import ComputeThread, NodeCompute
-from helixd.worker.measure import measured_layer_times
+from helixd.worker.backend import Backend, ModelSetup, NodeSetup, StageEngine
 from helixd.worker.node import NodeRuntime, Post
-
-
-@dataclass(frozen=True, slots=True)
-class NodeSetup:
-    """A device and how much of its memory helixd may use, for weights and KV together."""
-
-    node: NodeId
-    device: str
-    device_name: str
-    memory_total_bytes: int
-    memory_budget_bytes: int
-    threads: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSetup:
-    """The model as the coordinator's welcome declares it."""
-
-    name: str
-    fingerprint: str
-    config: DecoderConfig
-    dtype: DType
-    max_context_tokens: int
-    limits: BatchLimits
+from helixd.worker.threads import ComputeThread
 
 
 class NodeHost:
     """The one owner of a device."""
 
-    def __init__(self, setup: NodeSetup) -> None:
+    def __init__(self, setup: NodeSetup, backend: Backend) -> None:
         self.setup = setup
         self.model: ModelSetup | None = None
         self.runtime: NodeRuntime | None = None
         self.weight_bytes_loaded = 0
+        self._backend = backend
         self._thread = ComputeThread(f"compute-{setup.node}")
         self._loader = ComputeThread(f"load-{setup.node}")
-        self._engine: Engine | None = None
+        self._engine: StageEngine | None = None
         self._ranges: dict[Epoch, LayerRange] = {}
         self._live_from = Epoch(0)
         self._loop_task: asyncio.Task[None] | None = None
         self._loading = asyncio.Lock()
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> StageEngine:
         """The engine; there is one once the node is prepared."""
         assert self._engine is not None
         return self._engine
@@ -91,19 +62,15 @@ class NodeHost:
             self._loop_task.cancel()
         self.model = model
         self._ranges.clear()
-        options = self._options(model)
-        self._engine = await self._thread.run(Engine, model.config, options)
-        compute = NodeCompute(self._engine, model.config.hidden_size, model.dtype)
+        compute = await self._thread.run(self._backend.compute, self.setup, model)
+        self._engine = compute.engine
         self.runtime = NodeRuntime(self.setup.node, self._thread, compute, model.limits, post)
         self._loop_task = tasks.create_task(self.runtime.run(), name=f"node {self.setup.node}")
 
     async def measure(self, cache: Path | None) -> LayerTimes:
         """Layer times of this device for the prepared model."""
         assert self.model is not None
-        options = self._options(self.model)
-        return await self._thread.run(
-            measured_layer_times, self.model.config, options, self.setup.device_name, cache
-        )  # fmt: skip
+        return await self._thread.run(self._backend.measure, self.setup, self.model, cache)
 
     async def load(
         self, epoch: Epoch, layers: LayerRange, kv_token_layers: int, source: WeightSource,
@@ -128,7 +95,7 @@ class NodeHost:
                     head=layers.end == self.model.config.num_layers, progress=progress,
                 )  # fmt: skip
                 await self._thread.run(self.engine.set_kv_capacity, kv_token_layers)
-                await self._loader.run(release_free_memory)
+                await self._loader.run(self._backend.trim)
             except (MemoryError, RuntimeError) as error:
                 raise HelixError(
                     f"node {self.setup.node} could not load layers {layers} on {self.setup.device}: {error}; "
@@ -172,9 +139,3 @@ class NodeHost:
         """Stop the threads once their running calls end."""
         self._thread.close()
         self._loader.close()
-
-    def _options(self, model: ModelSetup) -> EngineOptions:
-        return EngineOptions(
-            device=self.setup.device, dtype=model.dtype, kv_token_layers=0,
-            max_context_tokens=model.max_context_tokens, threads=self.setup.threads,
-        )  # fmt: skip

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from helixd import logs
-from helixd.engine.timing import LayerTimes, measure_layer_times
-from helixd.engine.types import EngineOptions
+from helixd.engine.timing import measure_layer_times
+from helixd.engine.types import EngineOptions, LayerTimes
 from helixd.model.decoder import DecoderConfig
 
 log = logging.getLogger(__name__)

@@ -29,9 +29,11 @@ from helixd.protocol.messages import (
     StageFailed,
     Tokens,
 )
+from helixd.worker.backend import StageCompute
 from helixd.worker.batcher import Batcher, BatchLimits, Pass
-from helixd.worker.compute import ComputeThread, DrawnToken, NodeCompute, ScoredPass, Step, StepOutcome
 from helixd.worker.inbox import Early, LocalSequence, SequenceBook
+from helixd.worker.steps import DrawnToken, ScoredPass, Step, StepOutcome
+from helixd.worker.threads import ComputeThread
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class NodeRuntime:
     """The one owner of a node's sequences. All methods run on the event loop; computing does not."""
 
     def __init__(
-        self, node: NodeId, thread: ComputeThread, compute: NodeCompute, limits: BatchLimits, post: Post
+        self, node: NodeId, thread: ComputeThread, compute: StageCompute, limits: BatchLimits, post: Post
     ) -> None:
         self.node = node
         self.thread = thread

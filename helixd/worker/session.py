@@ -20,12 +20,12 @@ from helixd.model.files import parse_json_object
 from helixd.protocol import messages as m
 from helixd.wire.link import Frame, Link
 from helixd.wire.peers import PeerNetwork
+from helixd.worker.backend import Backend, ModelSetup, WeightStore
 from helixd.worker.batcher import BatchLimits
 from helixd.worker.fetch import TensorFetcher
-from helixd.worker.host import ModelSetup, NodeHost
+from helixd.worker.host import NodeHost
 from helixd.worker.node import NodeRuntime
 from helixd.worker.post import PostOffice
-from helixd.worker.weights import FetchedStore, WeightStore
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Session:
         tasks: asyncio.TaskGroup,
         lasting: asyncio.TaskGroup,
         options: SessionOptions,
-        local_store: WeightStore | None,
+        backend: Backend,
     ) -> None:
         self.link = link
         self.left = asyncio.Event()
@@ -84,7 +84,7 @@ class Session:
         self._tasks = tasks
         self._lasting = lasting
         self._options = options
-        self._local_store = local_store
+        self._backend = backend
         self._store: WeightStore | None = None
         self._fetcher = TensorFetcher(link, options.fetch_timeout_s)
         self._neighbours: set[PeerId] = set()
@@ -98,7 +98,7 @@ class Session:
         dtype = parse_dtype(message.dtype)
         model = ModelSetup(message.model_name, message.fingerprint, config, dtype, message.max_context_tokens, limits)
         cache = self._options.cache_dir
-        self._store = self._local_store or FetchedStore(
+        self._store = self._backend.weights(
             config, self._fetcher.fetch, None if cache is None else cache / message.fingerprint
         )
         measured = None if self._options.state_dir is None else self._options.state_dir / "layer-times.json"

@@ -7,38 +7,24 @@ restart fetches nothing. Only the tensors of the ranges asked for are ever touch
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from helixd import logs
+from helixd.engine.loader import TORCH_DTYPES
 from helixd.errors import ModelError
 from helixd.layers import LayerRange
 from helixd.model.decoder import DecoderConfig, parse_dtype
 from helixd.model.index import SafetensorsIndex
 from helixd.model.names import TensorSpec, embedding_weights, head_weights, layer_weights
 from helixd.model.weights import RawTensor, WeightSource
-from helixd.worker.compute import TORCH_DTYPES
+from helixd.worker.backend import FetchTensor
 
 log = logging.getLogger(__name__)
-
-FetchTensor = Callable[[str], Awaitable[RawTensor]]
-"""Fetch one tensor by name. Raises PeerLost, or ModelError if the coordinator does not have it."""
-
-
-class WeightStore(Protocol):
-    """Makes the weights of a range readable."""
-
-    async def ensure(self, layers: LayerRange, progress: Callable[[int, int], None]) -> WeightSource:
-        """A source that has everything `layers` need (embedding and head included at the ends).
-
-        Raises ModelError, PeerLost.
-        """
-        ...
 
 
 class LocalStore:

@@ -5,6 +5,7 @@ backoff, except when the coordinator refuses for good (wrong secret, wrong versi
 """
 
 import asyncio
+import importlib.metadata
 import logging
 import random
 import sys
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
 
 import helixd
 from helixd import logs
@@ -25,11 +25,11 @@ from helixd.protocol.codec import ProtocolError, from_frame, to_frame
 from helixd.protocol.messages import PROTOCOL_VERSION
 from helixd.wire.link import Frame, Link
 from helixd.wire.peers import PeerNetwork
-from helixd.worker.host import NodeHost, NodeSetup
+from helixd.worker.backend import Backend, NodeSetup
+from helixd.worker.host import NodeHost
 from helixd.worker.node import NodeRuntime
 from helixd.worker.post import PostOffice
 from helixd.worker.session import Session
-from helixd.worker.weights import WeightStore
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +66,13 @@ class Worker:
 
     def __init__(
         self, network: PeerNetwork, connect: Connect, nodes: Sequence[NodeSetup], options: WorkerOptions,
-        local_store: WeightStore | None,
+        backend: Backend,
     ) -> None:  # fmt: skip
-        self.hosts = {setup.node: NodeHost(setup) for setup in nodes}
+        self.hosts = {setup.node: NodeHost(setup, backend) for setup in nodes}
         self._network = network
         self._connect = connect
         self._options = options
-        self._local_store = local_store
+        self._backend = backend
         self._session: Session | None = None
         self._post: PostOffice | None = None
         self._answer: asyncio.Future[tuple[m.Message, Frame]] | None = None
@@ -194,7 +194,7 @@ class Worker:
         try:
             async with asyncio.TaskGroup() as tasks:
                 session = Session(
-                    link, self._network, self.hosts, self._post, tasks, lasting, self._options, self._local_store
+                    link, self._network, self.hosts, self._post, tasks, lasting, self._options, self._backend
                 )
                 self._session = session
                 self._post.set_coordinator(link.peer)
@@ -223,7 +223,7 @@ class Worker:
         ]  # fmt: skip
         held = [(str(host.setup.node), *span) for host in self.hosts.values() for span in host.held()]
         models = {host.model.fingerprint for host in self.hosts.values() if host.model is not None}
-        software = f"helixd {helixd.__version__} python {sys.version.split()[0]} torch {torch.__version__}"
+        software = f"helixd {helixd.__version__} python {sys.version.split()[0]} torch {_torch_version()}"
         return m.Hello(
             PROTOCOL_VERSION, nodes, self._options.local_fingerprint, self._options.advertise, self._options.port,
             software, models.pop() if models else "", held, self._options.name,
@@ -271,3 +271,11 @@ class Worker:
 
 class SessionOver(Exception):
     """Ends a TaskGroup whose work is done; never leaves this module."""
+
+
+def _torch_version() -> str:
+    """Without importing it: a worker that does not compute with torch starts without it."""
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

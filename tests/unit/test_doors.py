@@ -1,6 +1,8 @@
 """The doors between the rooms: who may import whom, and what the pure rooms may not touch."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,12 @@ def test_chance_in_the_pure_rooms_comes_from_a_seed(room: str) -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Random":
                 assert node.args, f"{path}:{node.lineno}: Random() without a seed"
+
+
+def test_nothing_imports_torch_before_a_device_computes() -> None:
+    """A coordinator, and a worker that computes elsewhere, start in a fraction of torch's time and memory."""
+    script = "import sys, helixd.daemon, helixd.worker.worker; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_no_code_from_data_anywhere() -> None:

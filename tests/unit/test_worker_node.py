@@ -16,8 +16,9 @@ from helixd.protocol import messages as m
 from helixd.protocol.codec import pack_ids
 from helixd.sampling import SamplingParams, TokenLogprobs
 from helixd.worker.batcher import BatchLimits
-from helixd.worker.compute import ComputeThread, NodeCompute
+from helixd.worker.compute import NodeCompute
 from helixd.worker.node import NodeRuntime
+from helixd.worker.threads import ComputeThread
 
 HIDDEN = 2
 FIRST = LayerRange(0, 2)
