@@ -80,8 +80,16 @@ _CLUSTER = (
     _Flag("--secret-file", "cluster.secret_file", "FILE", "secret that all daemons of the cluster share"),
 )
 _MACHINE = (
-    _Flag("--device", "device.devices", "DEVICE", "torch devices, such as cpu or cuda:0 cuda:1", many=True),
+    _Flag(
+        "--device",
+        "device.devices",
+        "DEVICE",
+        "torch devices, such as cpu or cuda:0 cuda:1; or emulated:TYPE",
+        many=True,
+    ),
     _Flag("--memory", "device.memory", "SIZE", "weights and KV cache of each device, such as 8GiB"),
+    _Flag("--cluster-file", "emulation.cluster_file", "FILE", "the cluster that --device emulated:TYPE is part of"),
+    _Flag("--time-scale", "emulation.time_scale", "FACTOR", "how much slower than its file an emulated device is"),
     _Flag("--state-dir", "node.state_dir", "DIR", "where identity and measurements are kept"),
 )
 

@@ -8,8 +8,9 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 
 from helixd import logs
 from helixd.api.auth import load_keys
@@ -20,6 +21,9 @@ from helixd.config import Config
 from helixd.coordinator.coordinator import Coordinator, CoordinatorOptions, ServedModel
 from helixd.coordinator.planning import Pin, PlanningOptions
 from helixd.coordinator.replanning import ReplanOptions
+from helixd.emulation.cluster import PREFIX as EMULATED
+from helixd.emulation.cluster import emulated_device
+from helixd.emulation.links import ShapedLinks
 from helixd.errors import ConfigError, HelixError, ModelError
 from helixd.exits import Exit
 from helixd.ids import PeerId
@@ -36,6 +40,7 @@ from helixd.wire.options import WireOptions
 from helixd.wire.peers import PeerIdentity
 from helixd.wire.tuning import install_uvloop, tune_malloc
 from helixd.worker.backend import Backend, NodeSetup
+from helixd.worker.shaping import Shaping
 from helixd.worker.worker import JoinRefused, Worker, WorkerOptions
 
 log = logging.getLogger(__name__)
@@ -205,8 +210,8 @@ class Daemon:
             state_dir=config.node.state_dir, cache_dir=config.node.cache_dir / "weights",
             retry_max_s=config.cluster.timers.join_retry_max_s,
         )  # fmt: skip
-        setups, backend = await asyncio.to_thread(_devices, config, peer, checkpoint)
-        worker = Worker(endpoint, connect, setups, options, backend)
+        setups, backend, shape = await asyncio.to_thread(_devices, config, peer, checkpoint)
+        worker = Worker(endpoint, connect, setups, options, backend, shape)
         parts.append(worker)
         self.worker = worker
         running = tasks.create_task(worker.run(), name="worker")
@@ -219,15 +224,29 @@ class Daemon:
             )  # fmt: skip
 
 
-def _devices(config: Config, peer: PeerId, checkpoint: Checkpoint | None) -> tuple[list[NodeSetup], Backend]:
-    """This worker's nodes and what computes for them. Blocking: torch is imported here and only where it is needed."""
+def _devices(
+    config: Config, peer: PeerId, checkpoint: Checkpoint | None
+) -> tuple[list[NodeSetup], Backend, Callable[[Callable[[], None]], Shaping] | None]:
+    """This worker's nodes, what computes for them, what shapes their links. Blocking.
+
+    torch is imported here, and only for devices that compute with it.
+    """
+    device, emulation = config.device, config.emulation
+    named = [name for name in device.devices if name.startswith(EMULATED)]
+    if named:
+        if len(device.devices) > 1:
+            raise ConfigError(f"device.devices: {named[0]} is a worker of its own; start one process for each device")
+        emulated = emulated_device(
+            peer, named[0], emulation.cluster_file, device.memory_bytes, emulation.time_scale
+        )  # fmt: skip
+        shape = partial(ShapedLinks, emulated.cluster, emulated.setup.node, emulation.time_scale)
+        return [emulated.setup], emulated.backend, shape
     from helixd.worker.devices import node_setups
     from helixd.worker.torch_backend import TorchBackend
     from helixd.worker.weights import LocalStore
 
-    device = config.device
     setups = node_setups(peer, device.devices, device.memory_bytes, device.threads)
-    return setups, TorchBackend(LocalStore(checkpoint.index) if checkpoint is not None else None)
+    return setups, TorchBackend(LocalStore(checkpoint.index) if checkpoint is not None else None), None
 
 
 async def _end(task: asyncio.Task[None]) -> None:

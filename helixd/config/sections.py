@@ -149,14 +149,28 @@ class DeviceConfig:
     """What this daemon computes on. Each device is one node of the cluster."""
 
     devices: tuple[str, ...] = key(
-        (), kinds.DEVICES, 'Torch devices, as in ["cpu"] or ["cuda:0", "cuda:1"]. "auto": every GPU, else the CPU.'
-    )
+        (), kinds.DEVICES,
+        'Torch devices, as in ["cpu"] or ["cuda:0", "cuda:1"]. "auto": every GPU, else the CPU. ["emulated:TYPE"]: a'
+        " type of node in emulation.cluster_file, which takes the time and computes nothing.",
+    )  # fmt: skip
     memory_bytes: int | None = key(
         None, kinds.MEMORY,
         "Memory of each node for weights and KV cache together. Beside it the process itself takes up to 512 MiB."
         ' "auto": most of what is free.',
     )  # fmt: skip
     threads: int = key(0, kinds.integer(0, 4096), "Threads that compute on a CPU. 0: torch's choice.")
+
+
+@dataclass(frozen=True, slots=True)
+class EmulationConfig:
+    """A worker that stands for a machine of a cluster file, to rehearse a plan without the hardware."""
+
+    cluster_file: Path | None = key(
+        None, kinds.OPTIONAL_PATH, "The cluster (format helixd-cluster/1) that has this worker's node.id and its links."
+    )
+    time_scale: float = key(
+        1.0, kinds.number(0.001, 1000), "How long a second of the file lasts: computing and links are slower by this."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +232,7 @@ class Config:
     api: ApiConfig = section(ApiConfig)
     cluster: ClusterConfig = section(ClusterConfig)
     device: DeviceConfig = section(DeviceConfig)
+    emulation: EmulationConfig = section(EmulationConfig)
     engine: EngineConfig = section(EngineConfig)
     planner: PlannerConfig = section(PlannerConfig)
     metrics: MetricsConfig = section(MetricsConfig)

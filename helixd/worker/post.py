@@ -9,8 +9,12 @@ from collections.abc import Callable, Iterable
 from helixd.ids import NodeId, PeerId
 from helixd.protocol.codec import to_frame
 from helixd.protocol.messages import Activations, Message
-from helixd.wire.link import Link
+from helixd.wire.link import Frame, Link
 from helixd.wire.outbox import Outbox
+from helixd.worker.shaping import Shaping
+
+# What a message without rows counts for on a shaped link.
+TOKEN_BYTES = 4
 
 LocalDelivery = Callable[[NodeId, Activations, memoryview], None]
 
@@ -19,12 +23,14 @@ class PostOffice:
     """The outboxes of one worker. Its tasks live in the TaskGroup it is given."""
 
     def __init__(
-        self, me: PeerId, tasks: asyncio.TaskGroup, deliver_here: LocalDelivery, wake: Callable[[], None]
-    ) -> None:
+        self, me: PeerId, tasks: asyncio.TaskGroup, deliver_here: LocalDelivery, wake: Callable[[], None],
+        shaping: Shaping | None = None,
+    ) -> None:  # fmt: skip
         self._me = me
         self._tasks = tasks
         self._deliver_here = deliver_here
         self._wake = wake
+        self._shaping = shaping
         self._boxes: dict[PeerId, Outbox] = {}
         self._hosts: dict[NodeId, PeerId] = {}
         self._coordinator: PeerId | None = None
@@ -58,7 +64,7 @@ class PostOffice:
         """Queue a message for the coordinator; dropped when there is none."""
         box = self._boxes.get(self._coordinator) if self._coordinator is not None else None
         if box is not None:
-            box.post(to_frame(message))
+            self._send(None, box, to_frame(message), TOKEN_BYTES)
 
     def to_node(self, node: NodeId, message: Activations, payload: memoryview) -> bool:
         """Queue activations for another node; False if there is no link to its peer."""
@@ -69,11 +75,19 @@ class PostOffice:
         box = self._boxes.get(peer) if peer is not None else None
         if box is None:
             return False
-        box.post(to_frame(message, payload))
+        self._send(node, box, to_frame(message, payload), payload.nbytes)
         return True
 
     def congested(self, node: NodeId) -> bool:
         """Whether prefill rows for that node should wait."""
         peer = self._hosts.get(node)
         box = self._boxes.get(peer) if peer is not None else None
+        if self._shaping is not None and self._shaping.congested(node):
+            return True
         return box is not None and box.congested
+
+    def _send(self, node: NodeId | None, box: Outbox, frame: Frame, size_bytes: int) -> None:
+        if self._shaping is None:
+            box.post(frame)
+        else:
+            self._shaping.outward(node, size_bytes, lambda: box.post(frame))

@@ -26,6 +26,7 @@ from helixd.worker.fetch import TensorFetcher
 from helixd.worker.host import NodeHost
 from helixd.worker.node import NodeRuntime
 from helixd.worker.post import PostOffice
+from helixd.worker.shaping import Shaping
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Session:
         lasting: asyncio.TaskGroup,
         options: SessionOptions,
         backend: Backend,
+        shaping: Shaping | None = None,
     ) -> None:
         self.link = link
         self.left = asyncio.Event()
@@ -85,6 +87,7 @@ class Session:
         self._lasting = lasting
         self._options = options
         self._backend = backend
+        self._shaping = shaping
         self._store: WeightStore | None = None
         self._fetcher = TensorFetcher(link, options.fetch_timeout_s)
         self._neighbours: set[PeerId] = set()
@@ -116,15 +119,12 @@ class Session:
     async def on_message(self, message: m.Message, frame: Frame) -> None:
         """A message from the coordinator, after the welcome."""
         match message:
-            case m.Feed():
-                if (node := self._runtime_of(message.node)) is not None:
-                    node.on_feed(message, frame.payload)
-            case m.Open():
-                if (node := self._runtime_of(message.node)) is not None:
-                    node.on_open(message, frame.payload)
-            case m.Close():
-                if (node := self._runtime_of(message.node)) is not None:
-                    node.on_close(message)
+            case m.Feed() | m.Open() | m.Close():
+                if self._shaping is None:
+                    self._on_sequence(message, frame.payload)
+                else:
+                    size_bytes = 0 if frame.payload is None else frame.payload.nbytes
+                    self._shaping.inward(size_bytes, lambda: self._on_sequence(message, frame.payload))
             case m.EpochPush():
                 self._spawn(self._follow(message), f"epoch {message.epoch}")
             case m.EpochRetire():
@@ -137,6 +137,18 @@ class Session:
                 self.left.set()
             case _:
                 logs.event(log, logging.WARNING, "message_ignored", peer=self.link.peer, kind=type(message).__name__)
+
+    def _on_sequence(self, message: m.Feed | m.Open | m.Close, payload: memoryview | None) -> None:
+        node = self._runtime_of(message.node)
+        match message:
+            case _ if node is None:
+                return
+            case m.Feed():
+                node.on_feed(message, payload)
+            case m.Open():
+                node.on_open(message, payload)
+            case m.Close():
+                node.on_close(message)
 
     def on_activations(self, link: Link, message: m.Activations, payload: memoryview | None) -> str | None:
         """Rows from another worker. Returns what is wrong with the frame or its sender, None if it is sound."""
@@ -216,6 +228,9 @@ class Session:
 
     async def _probe(self, request: m.Probe) -> None:
         peer = PeerId(request.peer)
+        if self._shaping is not None:
+            self._post.to_coordinator(self._as_shaped(peer))
+            return
         async with self._one_probe:
             try:
                 link = self._network.links.get(peer)
@@ -232,6 +247,14 @@ class Session:
             await asyncio.sleep(LINGER_S)
             if peer not in self._neighbours:
                 await link.close("probed; no epoch needs this link yet")
+
+    def _as_shaped(self, peer: PeerId) -> m.Probed:
+        """What a probe would find; an emulated worker has one node, of its own name."""
+        assert self._shaping is not None
+        found = self._shaping.figures(None if peer == self.link.peer else NodeId(peer))
+        if found is None:
+            return m.Probed(peer, 0.0, 0.0, "no such link in the cluster file")
+        return m.Probed(peer, found.rtt_s, found.bandwidth_bytes_per_s, "")
 
     def _runtime_of(self, name: str) -> NodeRuntime | None:
         host = self._hosts.get(NodeId(name))

@@ -30,6 +30,7 @@ from helixd.worker.host import NodeHost
 from helixd.worker.node import NodeRuntime
 from helixd.worker.post import PostOffice
 from helixd.worker.session import Session
+from helixd.worker.shaping import Shaping
 
 log = logging.getLogger(__name__)
 
@@ -62,17 +63,21 @@ class WorkerOptions:
 
 
 class Worker:
-    """One worker daemon: its devices, its links, its current session."""
+    """One worker daemon: its devices, its links, its current session.
+
+    `shape`: makes what holds messages back, given what to call when a link has drained.
+    """
 
     def __init__(
         self, network: PeerNetwork, connect: Connect, nodes: Sequence[NodeSetup], options: WorkerOptions,
-        backend: Backend,
+        backend: Backend, shape: Callable[[Callable[[], None]], Shaping] | None = None,
     ) -> None:  # fmt: skip
         self.hosts = {setup.node: NodeHost(setup, backend) for setup in nodes}
         self._network = network
         self._connect = connect
         self._options = options
         self._backend = backend
+        self._shaping = None if shape is None else shape(self._wake_all)
         self._session: Session | None = None
         self._post: PostOffice | None = None
         self._answer: asyncio.Future[tuple[m.Message, Frame]] | None = None
@@ -126,7 +131,9 @@ class Worker:
         """Serve until cancelled or released by `leave`. Raises JoinRefused, or the network's own rejection."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                self._post = PostOffice(self._network.identity.peer, tasks, self._deliver_here, self._wake_all)
+                self._post = PostOffice(
+                    self._network.identity.peer, tasks, self._deliver_here, self._wake_all, self._shaping
+                )
                 tasks.create_task(self._report_status(), name="node status")
                 await self._join_for_ever(tasks)
                 raise SessionOver
@@ -194,7 +201,15 @@ class Worker:
         try:
             async with asyncio.TaskGroup() as tasks:
                 session = Session(
-                    link, self._network, self.hosts, self._post, tasks, lasting, self._options, self._backend
+                    link,
+                    self._network,
+                    self.hosts,
+                    self._post,
+                    tasks,
+                    lasting,
+                    self._options,
+                    self._backend,
+                    self._shaping,
                 )
                 self._session = session
                 self._post.set_coordinator(link.peer)

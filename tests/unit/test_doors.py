@@ -23,6 +23,7 @@ MAY = {
     "api": {"coordinator", "model"},
     "config": set(),
     "sim": {"plan", "route"},
+    "emulation": {"engine", "model", "plan", "worker"},
 }
 CLOCKS = {"time", "datetime", "asyncio", "threading", "socket", "subprocess", "aiohttp", "uvloop", "torch"}
 NEVER = {
@@ -34,6 +35,7 @@ NEVER = {
     "wire": {"torch"},
     "coordinator": {"torch"},
     "api": {"torch"},
+    "emulation": {"torch"},
 }
 ANYWHERE = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 
