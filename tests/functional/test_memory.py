@@ -13,6 +13,8 @@ from tests.daemons import Daemon, add_tokenizer, completion, daemons
 
 MIB = 1 << 20
 SMALL_CHANGE = 64 * MIB
+# Python and its libraries without torch: about 105 MiB.
+COORDINATOR_BYTES = 192 * MIB
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def test_nobody_holds_more_than_its_share(checkpoint: Path, tmp_path: Path) -> N
         held = {node["id"]: node["layers"] for node in view["nodes"]}
         assert all(held.values())
         print(f"coordinator: {peak_bytes(coordinator) / MIB:.0f} MiB at most, model {model_bytes / MIB:.0f} MiB")
-        assert peak_bytes(coordinator) < RUNTIME_BYTES["cpu"] - SMALL_CHANGE
+        assert peak_bytes(coordinator) < COORDINATOR_BYTES < model_bytes
         for name, (start, end) in held.items():
             share = (end - start) * view["model"]["layer_bytes"]
             assert share < model_bytes
