@@ -38,12 +38,16 @@ class CoverSearch:
         spec = holding.spec
         nodes = {node.id: node for node in holding.usable()}
         self._options = {node: options for node in nodes if (options := holding.options(node))}
-        self._starts = {n: np.array([r.start for r in options]) for n, options in self._options.items()}
-        self._ends = {n: np.array([r.end for r in options]) for n, options in self._options.items()}
-        self._rates = {
-            n: np.array([node_capacity(spec, nodes[n], len(r)) for r in options])
-            for n, options in self._options.items()
-        }
+        # Like nodes have the same tuple of options and share its tables.
+        every = {id(options): options for options in self._options.values()}
+        starts = {key: np.array([r.start for r in options]) for key, options in every.items()}
+        ends = {key: np.array([r.end for r in options]) for key, options in every.items()}
+        self._starts = {n: starts[id(options)] for n, options in self._options.items()}
+        self._ends = {n: ends[id(options)] for n, options in self._options.items()}
+        self._rates: dict[NodeId, NDArray[np.float64]] = {}
+        for n, options in self._options.items():
+            by_length = np.array([0.0, *(node_capacity(spec, nodes[n], j) for j in range(1, len(options[-1]) + 1))])
+            self._rates[n] = by_length[self._ends[n] - self._starts[n]]
         self._levels = {n: np.unique(rates) for n, rates in self._rates.items()}
         self._choice: dict[NodeId, int | None] = {}
         self._cover: NDArray[np.float64] = np.zeros(holding.num_layers)

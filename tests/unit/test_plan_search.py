@@ -15,7 +15,6 @@ from helixd.plan.clusterfile import parse_cluster
 from helixd.plan.cover import CoverSearch, least_cover
 from helixd.plan.flow import FlowModel
 from helixd.plan.holding import Holding
-from helixd.plan.lanes import best_lane_cover, lay_out_lanes
 from helixd.plan.planner import plan_cluster
 from helixd.plan.spec import COORDINATOR, ClusterSpec, LinkSpec, NodeSpec
 from helixd.plan.stages import best_cover, cover, few_kinds, kinds_of, lay_out
@@ -110,17 +109,6 @@ def test_like_kinds_are_merged_and_promise_what_the_weakest_can() -> None:
     assert sum(len(kind.nodes) for kind in merged) == 12
     for kind in merged:
         assert kind.capacity[0] == min(100.0 + int(name[1:]) for name in kind.nodes)
-
-
-def test_lanes_let_small_nodes_stand_beside_a_large_one() -> None:
-    # Beside "big", which holds all six layers, the two others make a second lane of three each.
-    nodes = [node("big", [600, 300, 200, 150, 120, 100]), node("s0", [150, 120, 100]), node("s1", [150, 120, 100])]
-    holding = Holding(cluster(nodes, 6))
-    kinds = kinds_of(holding)
-    chosen = best_lane_cover(kinds, 6, 150, 210)
-    assert chosen is not None
-    placement = lay_out_lanes(chosen, kinds, 6)
-    assert FlowModel(holding.spec).value(placement) == pytest.approx(200)
 
 
 def ring(count: int, num_layers: int, seed: int) -> ClusterSpec:
