@@ -20,7 +20,7 @@ _LEAST_UNITS, _MOST_UNITS, _UNITS_PER_LANE, _OVER = 200, 1500, 60, 8
 _DEARER = 8
 _NODES = 400
 _SOLVE_S = 4.0
-_PROBES = 7
+_PROBES = 10
 _NEAR = 4e-3
 
 Floats = NDArray[np.float64]
@@ -55,21 +55,30 @@ class StageColumns:
     ) -> None:
         self._min_width = min_width
         self._room = np.array([len(kind.nodes) for kind in kinds], dtype=np.float64)
+        self._rooms = [len(kind.nodes) for kind in kinds]
         self._num_layers = num_layers
         self._seed = seed
         self._menus = _Menus(kinds, num_layers, length)
         self._known: dict[LaneStage, float] = {}
 
     def best(
-        self, low: float, high: float, *, out_of_time: Callable[[], bool] = lambda: False
+        self,
+        low: float,
+        high: float,
+        *,
+        first: float = 0.5,
+        near: float = _NEAR,
+        out_of_time: Callable[[], bool] = lambda: False,
     ) -> tuple[float, tuple[LaneStage, ...]] | None:
-        """Stages of more than `low` tokens/s each that cover all layers, as near to `high` as few probes come."""
+        """Stages of more than `low` tokens/s each that cover all layers, as near to `high` as few probes come.
+
+        `first`: where between the two to look first. `near`: how much of `high` may be left in doubt.
+        """
         found: tuple[float, tuple[LaneStage, ...]] | None = None
         for probe in range(_PROBES):
-            if out_of_time() or high - low < _NEAR * high:
+            if out_of_time() or high - low < near * high:
                 break
-            # Large fleets come near the bound: look there first.
-            middle = high - (high - low) * (0.1 if probe == 0 else 0.5)
+            middle = low + (high - low) * (first if probe == 0 else 0.5)
             stages = self.cover(middle)
             if stages is None:
                 high = middle
@@ -176,22 +185,28 @@ class StageColumns:
 
         Rates are rounded to the grid: a little more than asked for may be what it takes.
         """
-        menus = self._menus
+        lanes, room = self._menus.lanes[m], self._rooms
+        gains, picked = units.tolist(), picks.tolist()
         short: NDArray[np.bool_] | None = None
         for aim in range(grid, grid + _OVER + 1):
-            chosen: list[int] = []
-            at = aim
+            chosen: list[Lane] = []
+            at, carried = aim, 0.0
             while at > 0:
-                i = int(picks[at])
-                if units[i] <= 0:
+                i = picked[at]
+                if gains[i] <= 0:
                     return None, short
-                chosen.append(i)
-                at -= int(units[i])
-            if menus.rates[m, chosen].sum() >= flow:
-                over = menus.uses[m, chosen].sum(axis=0) > self._room
-                if not over.any():
-                    return [menus.lanes[m][i] for i in chosen], None
-                short = over if short is None else short
+                chosen.append(lanes[i])
+                carried += lanes[i].rate
+                at -= gains[i]
+            if carried >= flow:
+                used = [0] * len(room)
+                for lane in chosen:
+                    for kind in lane.kinds:
+                        used[kind] += 1
+                if all(n <= most for n, most in zip(used, room, strict=True)):
+                    return chosen, None
+                if short is None:
+                    short = np.array(used) > self._room
         return None, short
 
     def _greedy(self, m: int, costs: Floats, flow: float) -> LaneStage | None:

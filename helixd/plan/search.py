@@ -211,7 +211,8 @@ class Search:
         kinds = few_kinds(kinds_of(self._holding))
         num_layers = self._holding.num_layers
         columns = StageColumns(kinds, num_layers, min_width=width, seed=self._seed)
-        found = columns.best(0.0, self.bound, out_of_time=self._out_of_time)
+        # Large fleets come near the bound.
+        found = columns.best(0.0, self.bound, first=0.9, out_of_time=self._out_of_time)
         if found is None:
             return []
         flow = found[0]
@@ -245,7 +246,9 @@ class Search:
     def _refine(self, flow: float, start: Placement, kinds: tuple[Kind, ...]) -> None:
         """More than uniform stages give: stages of lanes, then single nodes moved."""
         columns = StageColumns(kinds, self._holding.num_layers, length=2 if self._brief else 3, seed=self._seed)
-        found = columns.best(flow, self.bound, out_of_time=self._out_of_time)
+        found = columns.best(
+            flow, self.bound, near=4e-3 if self._brief else 5e-4, first=0.3, out_of_time=self._out_of_time
+        )
         if found is not None:
             start = lay_out_lanes(found[1], kinds, self._holding.num_layers)
             self._add(start, "lanes")
