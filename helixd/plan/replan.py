@@ -3,7 +3,8 @@
 Loading weights takes minutes on real disks and networks, and a node that loads does not serve. So placements are
 compared by what they serve within a horizon: `while loading` for as long as the slowest node loads, with the nodes
 that stay as they are, then in full. Candidates are the placement as it is, repairs that move few layers, and plans
-from scratch brought near to what nodes hold. Pure and deterministic for a seed; where links bind it searches longer.
+from scratch brought near to what nodes hold. Pure and deterministic for a seed; small clusters, pinned ones and those
+whose links bind are searched more closely.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from helixd.plan.predict import predict
 from helixd.plan.regions import regions
 from helixd.plan.repair import improve
 from helixd.plan.schedule import schedule_of
-from helixd.plan.search import Search
+from helixd.plan.search import SMALL, Search
 from helixd.plan.spec import ClusterSpec
 from helixd.plan.stages import best_cover, cover, few_kinds, kinds_of, lay_out
 
@@ -167,25 +168,27 @@ class _Change:
         as_it_is = self._staying()
         self._add(as_it_is, "as it is")
         goal = 0.0
-        linked = any(self.holding.must_hold(node.id) for node in self.holding.spec.nodes)
-        if not linked:
+        pinned = any(self.holding.must_hold(node.id) for node in self.holding.spec.nodes)
+        links_bind = False
+        if not pinned:
             for placement, method in (made for width in widths for made in self._from_scratch(width)):
                 goal = max(goal, least_cover(self.holding, placement))
-                linked |= self.flows.value(placement) < least_cover(self.holding, placement) * (1 - 1e-6)
-                self._add_near(placement, method, anywhere=not linked)
+                links_bind |= self.flows.value(placement) < least_cover(self.holding, placement) * (1 - 1e-6)
+                self._add_near(placement, method, anywhere=not links_bind)
+        closely = pinned or links_bind or len(self.holding.usable()) <= SMALL
         effort_s = min(effort_s, _MOST_SEARCH_S)
-        if linked:
+        if closely:
             search = Search(
                 self.holding, seed=self._seed, effort_s=effort_s, out_of_time=out_of_time,
                 frontier=self._objective != "max-flow", widths=widths,
             )  # fmt: skip
             for found in search.run():
                 goal = max(goal, found.flow.value)
-                self._add_near(found.placement, found.method, anywhere=False)
+                self._add_near(found.placement, found.method, anywhere=not (pinned or links_bind))
             self.bound = min(self.bound, search.bound)
         if isinf(self._horizon_s) and self._options:
             return
-        evaluations = int(effort_s * _FLOWS_PER_S / len(_REPAIRS)) if linked else 0
+        evaluations = int(effort_s * _FLOWS_PER_S / len(_REPAIRS)) if closely else 0
         self._repair(as_it_is, goal, evaluations, out_of_time)
 
     def best(self, survive: int | None) -> Option:
