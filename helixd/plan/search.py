@@ -14,6 +14,7 @@ from helixd.plan.bounds import capacity_bound, pattern_bound
 from helixd.plan.chains import pipelines
 from helixd.plan.columns import StageColumns
 from helixd.plan.cover import CoverSearch, least_cover
+from helixd.plan.crossings import cannot_cross
 from helixd.plan.exhaustive import best_of_all
 from helixd.plan.flow import Flow, FlowModel
 from helixd.plan.holding import Holding
@@ -43,7 +44,9 @@ _FLOWS_PER_S = 300
 _COVER_MOVES_PER_S = 4_000
 _FIRST_MOVES = 8_000
 _DEEPER = 3
-_POLISHING_MOVES = 12_000
+_POLISHING_MOVES = 6_000
+# Bounds are proven to so much above what is reached.
+_PROVEN = 1e-6
 
 Placement = dict[NodeId, LayerRange]
 
@@ -114,20 +117,24 @@ class Search:
                 self._tighten(self._flows.value(placement))
         if not self._pinned and not self._brief:
             self._plant_pods()
+        unfinished: list[tuple[float, _Structure]] = []
         if not self._pinned and not self._podded:
             make = self._thick if len(self._holding.usable()) >= LARGE else self._stages
             structures = [found for width in self._widths for found in make(width)]
             if self._best() < max((found.goal for found in structures), default=0.0) * (1 - 1e-6):
-                self._link_up(structures)
+                unfinished = self._link_up(structures)
         if self._brief:
             return list(self._found.values())
         if not self._proven():
             self._tighten(
                 pattern_bound(
                     self._holding, self.bound, self._best(), steps=3 if self._small else 16,
+                    also=lambda flow: cannot_cross(self._holding, self._flows, flow),
                     out_of_time=self._out_of_time,
                 )
             )  # fmt: skip
+        if self._frontier or not self._proven():
+            self._link_up_more(unfinished)
         near = self._best() >= self.bound * 0.95
         done = self._proven() and not self._frontier
         if not done and not self._podded and (self._small or self._pinned or not near):
@@ -151,7 +158,7 @@ class Search:
             self._report(best, self.bound, self._best_method)
 
     def _proven(self) -> bool:
-        return self._best() >= self.bound * (1 - 1e-9)
+        return self._best() >= self.bound * (1 - _PROVEN)
 
     def _stages(self, width: int) -> list[_Structure]:
         """Stage covers, added as they lie; those whose flow the links do not carry come back."""
@@ -271,8 +278,8 @@ class Search:
         placement = lay_out(stages, kinds, self._holding.num_layers)
         return _Structure(placement, least_cover(self._holding, placement) if placement else 0.0)
 
-    def _link_up(self, structures: list[_Structure]) -> None:
-        """Order stages and nodes so that links feed them; the promising ones again with what effort is left."""
+    def _link_up(self, structures: list[_Structure]) -> list[tuple[float, _Structure]]:
+        """Order stages and nodes so that links feed them; what is left missing, for those that it was not done for."""
         tried: list[tuple[float, _Structure]] = []
         structures.sort(key=lambda found: -found.goal)
         for found in structures:
@@ -283,10 +290,16 @@ class Search:
             left, flow = self._arrange(found, _FIRST_MOVES, self._seed)
             if flow < found.goal * (1 - 1e-6):
                 tried.append((left / found.goal, found))
+        return tried
+
+    def _link_up_more(self, tried: list[tuple[float, _Structure]]) -> None:
+        """The promising ones again, with what effort is left."""
         moves = int(self._effort_s * _MOVES_PER_S / _DEEPER)
         flows = int(self._effort_s * _FLOWS_PER_S / _DEEPER)
         best = self._best()
-        promising = sorted((entry for entry in tried if entry[1].goal > best * (1 + 1e-6)), key=lambda entry: entry[0])
+        promising = sorted(
+            (e for e in tried if best * (1 + 1e-6) < e[1].goal <= self.bound * (1 + 1e-6)), key=lambda entry: entry[0]
+        )
         for _, found in promising[:_DEEPER]:
             if self._out_of_time():
                 return
