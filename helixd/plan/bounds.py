@@ -14,9 +14,11 @@ _COLUMNS = 60
 # A bound is sharp enough when so much of it, or of the gap it leaves, is in doubt.
 _WORTHWHILE = 2e-5
 _OF_THE_GAP = 0.03
+# The least flow more than what is reached that is asked for.
+_NEXT = 1e-7
 
 # What a pattern carries, and how much of a node of each kind it spends.
-_Pattern = tuple[float, dict[int, float]]
+Pattern = tuple[float, dict[int, float]]
 
 
 def capacity_bound(holding: Holding) -> float:
@@ -24,7 +26,7 @@ def capacity_bound(holding: Holding) -> float:
 
     Between neighbouring values of T the slack is convex in F, so it is enough to look at those and bisect once.
     """
-    curves = [curve for curve, count in _curves(holding) for _ in range(count)]
+    curves = [curve for curve, count in curves_of(holding) for _ in range(count)]
     loose = sum(max(j * rate for j, rate in enumerate(curve, 1)) for curve in curves) / holding.num_layers
 
     def enough(flow: float) -> bool:
@@ -43,28 +45,43 @@ def capacity_bound(holding: Holding) -> float:
 
 
 def pattern_bound(
-    holding: Holding, high: float, low: float, *, steps: int = 16, out_of_time: Callable[[], bool] = lambda: False
+    holding: Holding,
+    high: float,
+    low: float,
+    *,
+    steps: int = 16,
+    also: Callable[[float], bool] = lambda flow: False,
+    out_of_time: Callable[[], bool] = lambda: False,
 ) -> float:
     """A bound at most `high`, by up to `steps` bisections down to `low`, a flow that is known to be reached.
+
+    `also`: another proof that a flow is impossible, tried where this one fails.
 
     For a fixed F a layer is covered by a pattern: nodes that hold j layers each, whose T(j) add up to F. One that
     holds j layers spends 1/j of itself on each. With a price per node such that all nodes together cost 1, no
     placement reaches F if even the cheapest pattern costs more than 1 / num_layers.
     """
-    curves, reached = _curves(holding), low
-    columns: list[_Pattern] = []
+    curves, reached = curves_of(holding), low
+    columns: list[Pattern] = []
+
+    def impossible(flow: float) -> bool:
+        return _impossible(curves, holding.num_layers, flow, columns) or also(flow)
+
+    # Often what is reached is the most there is.
+    if 0 < reached * (1 + _NEXT) < high and impossible(reached * (1 + _NEXT)):
+        return reached * (1 + _NEXT)
     for _ in range(steps):
         if high - low <= max(_WORTHWHILE * high, _OF_THE_GAP * (high - reached)) or out_of_time():
             break
         middle = (low + high) / 2
-        if _impossible(curves, holding.num_layers, middle, columns):
+        if impossible(middle):
             high = middle
         else:
             low = middle
     return high
 
 
-def _curves(holding: Holding) -> list[tuple[tuple[float, ...], int]]:
+def curves_of(holding: Holding) -> list[tuple[tuple[float, ...], int]]:
     """T(j) of every kind of node, pinned ones included as if they were free, and how many there are."""
     counts: dict[tuple[float, ...], int] = {}
     for node in holding.usable():
@@ -75,7 +92,7 @@ def _curves(holding: Holding) -> list[tuple[tuple[float, ...], int]]:
 
 
 def _impossible(
-    curves: Sequence[tuple[tuple[float, ...], int]], num_layers: int, flow: float, known: list[_Pattern]
+    curves: Sequence[tuple[tuple[float, ...], int]], num_layers: int, flow: float, known: list[Pattern]
 ) -> bool:
     """Whether prices are found that prove that no placement carries `flow`: column generation on the patterns.
 
@@ -91,7 +108,7 @@ def _impossible(
         prices, needed = _master(curves, num_layers, columns)
         if prices is None or needed <= 1:
             return False
-        cheapest = _cheapest_pattern(curves, prices, flow)
+        cheapest = cheapest_pattern(curves, prices, flow)
         if cheapest is None:
             return False
         cost_bound, rate, pattern = cheapest
@@ -125,10 +142,13 @@ def _master(
     return [price / total for price in prices], solution.values[share]
 
 
-def _cheapest_pattern(
-    curves: Sequence[tuple[tuple[float, ...], int]], prices: Sequence[float], flow: float
+def cheapest_pattern(
+    curves: Sequence[tuple[tuple[float, ...], int]], prices: Sequence[float], flow: float, *, least_nodes: int = 1
 ) -> tuple[float, float, dict[int, float]] | None:
-    """The cheapest nodes whose T(j) add up to `flow`: a bound on their cost, T, and what of each kind they take."""
+    """The cheapest nodes whose T(j) add up to `flow`: a bound on their cost, T, and what of each kind they take.
+
+    At least `least_nodes` of them, needed or not.
+    """
     program = milp.Program()
     items: list[tuple[int, int]] = []
     for kind, (curve, count) in enumerate(curves):
@@ -144,6 +164,8 @@ def _cheapest_pattern(
     for kind, (_, count) in enumerate(curves):
         own = [i for i, (other, _) in enumerate(items) if other == kind]
         program.row(own, [1.0] * len(own), upper=count)
+    if least_nodes > 1:
+        program.row(range(len(items)), [1.0] * len(items), lower=least_nodes)
     solution = milp.solve(program, gap=2e-5, hasty=True)
     if solution is None:
         return None

@@ -38,31 +38,63 @@ class CoverSearch:
         spec = holding.spec
         nodes = {node.id: node for node in holding.usable()}
         self._options = {node: options for node in nodes if (options := holding.options(node))}
-        self._starts = {n: np.array([r.start for r in options]) for n, options in self._options.items()}
-        self._ends = {n: np.array([r.end for r in options]) for n, options in self._options.items()}
-        self._rates = {
-            n: np.array([node_capacity(spec, nodes[n], len(r)) for r in options])
-            for n, options in self._options.items()
-        }
+        # Like nodes have the same tuple of options and share its tables.
+        every = {id(options): options for options in self._options.values()}
+        starts = {key: np.array([r.start for r in options]) for key, options in every.items()}
+        ends = {key: np.array([r.end for r in options]) for key, options in every.items()}
+        self._starts = {n: starts[id(options)] for n, options in self._options.items()}
+        self._ends = {n: ends[id(options)] for n, options in self._options.items()}
+        self._rates: dict[NodeId, NDArray[np.float64]] = {}
+        for n, options in self._options.items():
+            by_length = np.array([0.0, *(node_capacity(spec, nodes[n], j) for j in range(1, len(options[-1]) + 1))])
+            self._rates[n] = by_length[self._ends[n] - self._starts[n]]
         self._levels = {n: np.unique(rates) for n, rates in self._rates.items()}
         self._choice: dict[NodeId, int | None] = {}
         self._cover: NDArray[np.float64] = np.zeros(holding.num_layers)
+        self._prices: dict[NodeId, NDArray[np.float64]] = {}
+        self._before: dict[NodeId, int] = {}
 
-    def run(self, target: float, *, sweeps: int, start: Mapping[NodeId, LayerRange] | None = None) -> Placement:
-        """The best placement met on the way to a cover of `target` tokens/s; raises the target when it is reached."""
+    def run(
+        self,
+        target: float,
+        *,
+        sweeps: int,
+        start: Mapping[NodeId, LayerRange] | None = None,
+        price: float = 0.0,
+        eager: bool = True,
+    ) -> Placement:
+        """The best placement met on the way to a cover of `target` tokens/s.
+
+        `eager`: raise the target when it is reached, else stop there. `price`: cover that a move has to bring for each
+        layer that the node does not hold at the `start`, as a share of the target.
+        """
         self._begin(start or {})
+        self._prices = self._load_prices(start or {}, price * target) if price else {}
         order = sorted(self._options)
         best_flow, best = float(self._cover.min()), self._placement()
         for sweep in range(sweeps):
-            warmth = 0.3 * (1 - sweep / sweeps) if sweep % 3 else 0.0
+            warmth = 0.3 * (1 - sweep / sweeps) if sweep % 3 and not price else 0.0
             self._random.shuffle(order)
             for node in order:
                 self._move(node, target, warmth)
                 flow = float(self._cover.min())
                 if flow > best_flow * (1 + 1e-9):
                     best_flow, best = flow, self._placement()
+                    if not eager and flow >= target * (1 - 1e-9):
+                        return best
                     target = max(target, flow * 1.02)
         return best
+
+    def _load_prices(self, start: Mapping[NodeId, LayerRange], price: float) -> dict[NodeId, NDArray[np.float64]]:
+        """For each option of each node what it costs in cover to load the layers that it does not hold."""
+        prices: dict[NodeId, NDArray[np.float64]] = {}
+        for node in self._options:
+            starts, ends = self._starts[node], self._ends[node]
+            kept = np.zeros(len(starts), dtype=np.int64)
+            if (before := start.get(node)) is not None:
+                kept = np.maximum(0, np.minimum(ends, before.end) - np.maximum(starts, before.start))
+            prices[node] = price * (ends - starts - kept)
+        return prices
 
     def _begin(self, start: Mapping[NodeId, LayerRange]) -> None:
         self._cover = np.zeros(self._holding.num_layers)
@@ -71,8 +103,10 @@ class CoverSearch:
             if self._holding.must_hold(node) and held is None:
                 held = options[0]
             self._choice[node] = None
+            self._before.pop(node, None)
             if held is not None and held in options:
-                self._put(node, options.index(held))
+                self._before[node] = options.index(held)
+                self._put(node, self._before[node])
 
     def _placement(self) -> Placement:
         return {
@@ -101,10 +135,18 @@ class CoverSearch:
             filled = np.concatenate(([0.0], np.cumsum(np.minimum(deficit, rate))))
             at = rates == rate
             gain[at] = filled[ends[at]] - filled[starts[at]]
+        if node in self._prices:
+            gain = gain - self._prices[node]
         if warmth > 0:
             gain = gain + warmth * gain.max() * np.array([self._random.random() for _ in range(len(gain))]) ** 4
-        best = np.flatnonzero(gain >= gain.max() * (1 - 1e-12))
+        top = gain.max()
+        best = np.flatnonzero(gain >= top - 1e-12 * abs(top))
         choice = int(best[self._random.randrange(len(best))])
+        old = self._before.get(node) if node in self._prices else None
+        # Where loading has a price, a node that is no better elsewhere stays, needed or not.
+        if old is not None and (gain[choice] <= 0 or gain[old] >= top - 1e-9 * target):
+            self._put(node, old)
+            return
         if gain[choice] <= 0 and not self._holding.must_hold(node):
             self._put(node, None)
         else:

@@ -4,8 +4,6 @@ All covers are computed at once; placements are then tried from the best cover d
 found, so few max flows are needed.
 """
 
-from math import prod
-
 import numpy as np
 
 from helixd.ids import NodeId
@@ -21,10 +19,15 @@ _MAX_FLOWS = 4000
 def best_of_all(holding: Holding, flows: FlowModel) -> tuple[dict[NodeId, LayerRange], bool] | None:
     """The placement of largest flow and whether that is proven; None for clusters too large, or without any."""
     nodes = holding.usable()
-    options: list[tuple[LayerRange | None, ...]] = [
-        holding.options(node.id) if holding.must_hold(node.id) else (None, *holding.options(node.id)) for node in nodes
-    ]
-    if not nodes or prod(len(ranges) for ranges in options) > _MAX_PLACEMENTS:
+    options: list[tuple[LayerRange | None, ...]] = []
+    count = 1
+    for node in nodes:
+        own = holding.options(node.id)
+        options.append(own if holding.must_hold(node.id) else (None, *own))
+        count *= len(options[-1])
+        if count > _MAX_PLACEMENTS:
+            return None
+    if not nodes or not count:
         return None
     # The coordinator's links are two more "layers" to be covered: one before the first, one after the last.
     rows = holding.num_layers + 2

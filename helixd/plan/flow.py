@@ -77,6 +77,10 @@ class FlowModel:
             return self._to_sink.get(src, 0.0)
         return self._out[src].get(dst, 0.0)
 
+    def links_of(self, src: NodeId) -> Mapping[NodeId, float]:
+        """The links that lead from a node to other nodes, in tokens/s."""
+        return self._out[src]
+
     def edges(self, placement: Placement) -> dict[Edge, float]:
         """Every edge of the placement's graph with its link's capacity, in a fixed order."""
         num_layers = self.spec.model.num_layers
@@ -121,6 +125,18 @@ class FlowModel:
             and not (near[inside[dst]] if dst != COORDINATOR else near[-1])
         )
         return Flow(value, edges, through, tight_nodes, tight_edges)
+
+    def survives(self, placement: Placement) -> bool:
+        """Whether a complete pipeline is left whichever one node is lost: two that share no node, by Menger."""
+        inside = {node: 2 + 2 * i for i, node in enumerate(placement)}
+        network = Network(2 + 2 * len(placement))
+        for node, held in placement.items():
+            if node_capacity(self.spec, self._nodes[node], len(held)) > 0:
+                network.add_arc(inside[node], inside[node] + 1, 1.0)
+        for src, dst in self.edges(placement):
+            tail = inside[src] + 1 if src != COORDINATOR else 0
+            network.add_arc(tail, inside[dst] if dst != COORDINATOR else 1, 1.0)
+        return network.augment(0, 1, enough=2.0) >= 2.0
 
     def _run(
         self, placement: Placement, *, share: float | None = None

@@ -27,6 +27,7 @@ class Holding:
             node.id: {(first, last): self._max_layers(node, first, last) for first in (0, 1) for last in (0, 1)}
             for node in spec.nodes
         }
+        self._options: dict[tuple[object, ...], tuple[LayerRange, ...]] = {}
         for node in spec.nodes:
             self._check_pins(node)
 
@@ -60,17 +61,20 @@ class Holding:
         return held.end <= self.num_layers and self.min_layers(node) <= len(held) <= most
 
     def options(self, node: NodeId) -> tuple[LayerRange, ...]:
-        """Every range that `node` may hold, shorter first; without "nothing"."""
+        """Every range that `node` may hold, shorter first; without "nothing". Like nodes get the same tuple."""
         spec = self._nodes[node]
         if spec.fixed_range is not None:
             return () if spec.exclude else (spec.fixed_range,)
-        longest = self.max_layers(node)
-        return tuple(
-            held
-            for length in range(self.min_layers(node), longest + 1)
-            for start in range(self.num_layers - length + 1)
-            if self.allows(node, held := LayerRange(start, start + length))
-        )
+        key = (self.min_layers(node), tuple(self._most[node].values()))
+        found = self._options.get(key)
+        if found is None:
+            found = self._options[key] = tuple(
+                held
+                for length in range(self.min_layers(node), self.max_layers(node) + 1)
+                for start in range(self.num_layers - length + 1)
+                if self.allows(node, held := LayerRange(start, start + length))
+            )
+        return found
 
     def kv_token_layers(self, node: NodeId, held: LayerRange) -> float:
         """KV room of `node` in tokens x layers while it holds `held`; negative if even the weights do not fit."""

@@ -39,10 +39,10 @@ class Network:
         """What runs through `arc` now."""
         return self._cap[arc ^ 1]
 
-    def augment(self, source: int, sink: int) -> float:
-        """Push as much more as fits from source to sink; returns how much was added."""
+    def augment(self, source: int, sink: int, *, enough: float = float("inf")) -> float:
+        """Push as much more as fits from source to sink, or no further than `enough`; returns how much was added."""
         total = 0.0
-        while (level := self._levels(source, sink)) is not None:
+        while total < enough and (level := self._levels(source, sink)) is not None:
             total += self._blocking_flow(source, sink, level)
         return total
 

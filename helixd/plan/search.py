@@ -12,22 +12,30 @@ from helixd.layers import LayerRange
 from helixd.plan.arrange import Arrangement
 from helixd.plan.bounds import capacity_bound, pattern_bound
 from helixd.plan.chains import pipelines
+from helixd.plan.columns import StageColumns
 from helixd.plan.cover import CoverSearch, least_cover
+from helixd.plan.crossings import cannot_cross
 from helixd.plan.exhaustive import best_of_all
 from helixd.plan.flow import Flow, FlowModel
 from helixd.plan.holding import Holding
-from helixd.plan.lanes import best_lane_cover, lay_out_lanes
+from helixd.plan.lanes import lay_out_lanes
 from helixd.plan.predict import Prediction, predict
+from helixd.plan.regions import part_of, pods, regions
 from helixd.plan.repair import improve
 from helixd.plan.stages import Kind, Stage, best_cover, cover, few_kinds, kinds_of, lay_out
 
 # Clusters of up to so many nodes are searched more closely.
 SMALL = 8
+# From so many nodes on, stages are generated one by one: there are too many to list.
+LARGE = 60
 
 # Flows, as shares of the best cover, at which the fewest stages are looked for.
 _FRONTIER = (0.97, 0.94, 0.9, 0.85, 0.8, 0.72, 0.64, 0.56, 0.48, 0.4, 0.32, 0.25)
 # Shares at which stages are looked for that links, where they bind, may be able to feed.
 _LINKED = (0.97, 0.94, 0.9, 0.86, 0.82, 0.78, 0.74, 0.66, 0.58, 0.5)
+# The same for large clusters, which have fewer of either.
+_THICK_FRONTIER = (0.93, 0.85, 0.75, 0.64, 0.5, 0.36, 0.25)
+_THICK_LINKED = (0.96, 0.88, 0.78, 0.66, 0.5)
 # Numbers of stages of several nodes that slow links between regions may need.
 _WIDE = (2, 3, 4, 6)
 # Per second of effort, with room to spare for the rest: annealing moves, flows and moves of the two local searches.
@@ -36,6 +44,9 @@ _FLOWS_PER_S = 300
 _COVER_MOVES_PER_S = 4_000
 _FIRST_MOVES = 8_000
 _DEEPER = 3
+_POLISHING_MOVES = 6_000
+# Bounds are proven to so much above what is reached.
+_PROVEN = 1e-6
 
 Placement = dict[NodeId, LayerRange]
 
@@ -60,7 +71,11 @@ class _Structure:
 
 
 class Search:
-    """One search of one cluster. `widths`: least stage widths to try; `frontier`: also look at plans of less depth."""
+    """One search of one cluster. `widths`: least stage widths to try; `frontier`: also look at plans of less depth.
+
+    `report(flow, bound, method)` is called whenever the best flow rises or the bound falls. `brief`: for a part of a
+    larger cluster; the bound stays as it is at first.
+    """
 
     def __init__(
         self,
@@ -71,6 +86,8 @@ class Search:
         out_of_time: Callable[[], bool],
         frontier: bool,
         widths: tuple[int, ...],
+        report: Callable[[float, float, str], None] = lambda flow, bound, method: None,
+        brief: bool = False,
     ) -> None:
         self._holding = holding
         self._flows = FlowModel(holding.spec)
@@ -79,9 +96,15 @@ class Search:
         self._out_of_time = out_of_time
         self._frontier = frontier
         self._widths = widths
+        self._brief = brief
         self._small = len(holding.spec.nodes) <= SMALL
         self._pinned = any(holding.must_hold(node.id) for node in holding.spec.nodes)
         self._found: dict[tuple[tuple[NodeId, LayerRange], ...], Candidate] = {}
+        self._covers_by_moves = CoverSearch(holding, seed=seed)
+        self._report = report
+        self._reported = (0.0, float("inf"))
+        self._best_method = ""
+        self._podded = False
         self.bound = capacity_bound(holding)
 
     def run(self) -> list[Candidate]:
@@ -91,18 +114,30 @@ class Search:
             placement, proven = exact
             self._add(placement, "exhaustive")
             if proven:
-                self.bound = min(self.bound, self._flows.value(placement))
-        if not self._pinned:
-            structures = [found for width in self._widths for found in self._stages(width)]
+                self._tighten(self._flows.value(placement))
+        if not self._pinned and not self._brief:
+            self._plant_pods()
+        unfinished: list[tuple[float, _Structure]] = []
+        if not self._pinned and not self._podded:
+            make = self._thick if len(self._holding.usable()) >= LARGE else self._stages
+            structures = [found for width in self._widths for found in make(width)]
             if self._best() < max((found.goal for found in structures), default=0.0) * (1 - 1e-6):
-                self._link_up(structures)
+                unfinished = self._link_up(structures)
+        if self._brief:
+            return list(self._found.values())
         if not self._proven():
-            self.bound = pattern_bound(
-                self._holding, self.bound, self._best(), steps=3 if self._small else 16, out_of_time=self._out_of_time
-            )
+            self._tighten(
+                pattern_bound(
+                    self._holding, self.bound, self._best(), steps=3 if self._small else 16,
+                    also=lambda flow: cannot_cross(self._holding, self._flows, flow),
+                    out_of_time=self._out_of_time,
+                )
+            )  # fmt: skip
+        if self._frontier or not self._proven():
+            self._link_up_more(unfinished)
         near = self._best() >= self.bound * 0.95
         done = self._proven() and not self._frontier
-        if not done and (self._small or self._pinned or not near):
+        if not done and not self._podded and (self._small or self._pinned or not near):
             self._search_covers()
         if self._small or self._best() < self.bound * 0.5:
             self._chain_up()
@@ -111,8 +146,19 @@ class Search:
     def _best(self) -> float:
         return max((found.flow.value for found in self._found.values()), default=0.0)
 
+    def _tighten(self, bound: float) -> None:
+        self.bound = min(self.bound, bound)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Report the incumbent and the bound if either is better than what was last reported."""
+        best = self._best()
+        if best > self._reported[0] or self.bound < self._reported[1]:
+            self._reported = (best, self.bound)
+            self._report(best, self.bound, self._best_method)
+
     def _proven(self) -> bool:
-        return self._best() >= self.bound * (1 - 1e-9)
+        return self._best() >= self.bound * (1 - _PROVEN)
 
     def _stages(self, width: int) -> list[_Structure]:
         """Stage covers, added as they lie; those whose flow the links do not carry come back."""
@@ -144,18 +190,79 @@ class Search:
             self._add(found_one.placement, "stages")
         return list(distinct.values())
 
+    def _plant_pods(self) -> None:
+        """One pipeline for each region that can hold the model, side by side."""
+        groups = pods(self._holding, regions(self._holding, self._flows))
+        if len(groups) < 2:
+            return
+        parts: list[list[Candidate]] = []
+        for members in groups:
+            if self._out_of_time():
+                break
+            search = Search(
+                Holding(part_of(self._holding.spec, members)), seed=self._seed, effort_s=self._effort_s / len(groups),
+                out_of_time=self._out_of_time, frontier=self._frontier, widths=self._widths, brief=True,
+            )  # fmt: skip
+            parts.append(search.run())
+        for worth in (_flow_of, _decode_of) if self._frontier else (_flow_of,):
+            placement: Placement = {}
+            for part in parts:
+                if part:
+                    placement |= max(part, key=worth).placement
+            self._add(placement, "pipelines by region")
+        # Stages of a large cluster that cross slow links would have to be very wide.
+        self._podded = len(self._holding.usable()) >= LARGE and bool(self._found)
+
+    def _thick(self, width: int) -> list[_Structure]:
+        """The same for a large cluster; what comes back where links bind has stages without lanes."""
+        kinds = few_kinds(kinds_of(self._holding))
+        num_layers = self._holding.num_layers
+        columns = StageColumns(kinds, num_layers, min_width=width, seed=self._seed)
+        # Large fleets come near the bound.
+        found = columns.best(0.0, self.bound, first=0.9, out_of_time=self._out_of_time)
+        if found is None:
+            return []
+        flow = found[0]
+        placement = self._polished(lay_out_lanes(found[1], kinds, num_layers))
+        self._add(placement, "lanes by columns")
+        if self._frontier:
+            for share in _THICK_FRONTIER:
+                if self._out_of_time():
+                    return []
+                stages = columns.cover(flow * share, fewest=True)
+                if stages is not None:
+                    self._add(self._polished(lay_out_lanes(stages, kinds, num_layers), sweeps=2), "lanes by columns")
+        if self._flows.value(placement) >= least_cover(self._holding, placement) * (1 - 1e-6):
+            return []
+        plain = StageColumns(kinds, num_layers, length=1, min_width=width, seed=self._seed)
+        structures = []
+        for share in _THICK_LINKED:
+            stages = None if self._out_of_time() else plain.cover(flow * share, fewest=True)
+            if stages is not None:
+                placement = lay_out_lanes(stages, kinds, num_layers)
+                structures.append(_Structure(placement, least_cover(self._holding, placement)))
+        return structures
+
+    def _polished(self, start: Placement, *, sweeps: int | None = None) -> Placement:
+        """A cover after moving single nodes: left-over ones find a place, and so do those that do not fit an end."""
+        if sweeps is None:
+            sweeps = max(3, min(30, _POLISHING_MOVES // len(self._holding.spec.nodes)))
+        flow = least_cover(self._holding, start)
+        return self._covers_by_moves.run(flow * 1.01, sweeps=sweeps, start=start)
+
     def _refine(self, flow: float, start: Placement, kinds: tuple[Kind, ...]) -> None:
         """More than uniform stages give: stages of lanes, then single nodes moved."""
-        chosen = best_lane_cover(
-            kinds, self._holding.num_layers, flow, self.bound, seed=self._seed, out_of_time=self._out_of_time
+        columns = StageColumns(kinds, self._holding.num_layers, length=2 if self._brief else 3, seed=self._seed)
+        found = columns.best(
+            flow, self.bound, near=4e-3 if self._brief else 5e-4, first=0.3, out_of_time=self._out_of_time
         )
-        if chosen is not None:
-            start = lay_out_lanes(chosen, kinds, self._holding.num_layers)
+        if found is not None:
+            start = lay_out_lanes(found[1], kinds, self._holding.num_layers)
             self._add(start, "lanes")
             flow = least_cover(self._holding, start)
-        moved = CoverSearch(self._holding, seed=self._seed).run(flow * 1.01, sweeps=30, start=start)
+        moved = self._covers_by_moves.run(flow * 1.01, sweeps=30, start=start)
         if least_cover(self._holding, moved) > flow * (1 + 1e-9):
-            self._add(moved, "lanes, cover search" if chosen is not None else "stages, cover search")
+            self._add(moved, "lanes, cover search" if found is not None else "stages, cover search")
 
     def _covers(
         self, kinds: tuple[Kind, ...], flow: float, width: int, *, fewest: bool, wide: int = 0
@@ -171,8 +278,8 @@ class Search:
         placement = lay_out(stages, kinds, self._holding.num_layers)
         return _Structure(placement, least_cover(self._holding, placement) if placement else 0.0)
 
-    def _link_up(self, structures: list[_Structure]) -> None:
-        """Order stages and nodes so that links feed them; the promising ones again with what effort is left."""
+    def _link_up(self, structures: list[_Structure]) -> list[tuple[float, _Structure]]:
+        """Order stages and nodes so that links feed them; what is left missing, for those that it was not done for."""
         tried: list[tuple[float, _Structure]] = []
         structures.sort(key=lambda found: -found.goal)
         for found in structures:
@@ -183,10 +290,16 @@ class Search:
             left, flow = self._arrange(found, _FIRST_MOVES, self._seed)
             if flow < found.goal * (1 - 1e-6):
                 tried.append((left / found.goal, found))
+        return tried
+
+    def _link_up_more(self, tried: list[tuple[float, _Structure]]) -> None:
+        """The promising ones again, with what effort is left."""
         moves = int(self._effort_s * _MOVES_PER_S / _DEEPER)
         flows = int(self._effort_s * _FLOWS_PER_S / _DEEPER)
         best = self._best()
-        promising = sorted((entry for entry in tried if entry[1].goal > best * (1 + 1e-6)), key=lambda entry: entry[0])
+        promising = sorted(
+            (e for e in tried if best * (1 + 1e-6) < e[1].goal <= self.bound * (1 + 1e-6)), key=lambda entry: entry[0]
+        )
         for _, found in promising[:_DEEPER]:
             if self._out_of_time():
                 return
@@ -213,7 +326,6 @@ class Search:
         return left, flow
 
     def _search_covers(self) -> None:
-        cover_search = CoverSearch(self._holding, seed=self._seed)
         closely = self._small or self._pinned
         shares = (1.0, 0.8, 0.6, 0.4) if closely else (1.0, 0.97, 0.94, 0.9)
         moves = self._effort_s * _COVER_MOVES_PER_S / len(shares)
@@ -221,7 +333,7 @@ class Search:
         for share in shares:
             if self._out_of_time() and self._found:
                 return
-            placement = cover_search.run(self.bound * share, sweeps=sweeps)
+            placement = self._covers_by_moves.run(self.bound * share, sweeps=sweeps)
             self._add(placement, "cover search", repair=closely)
 
     def _chain_up(self) -> None:
@@ -255,23 +367,22 @@ class Search:
         flow = self._flows.solve(placement)
         if flow.value <= 0:
             return
+        if flow.value > self._best():
+            self._best_method = method
         self._found[key] = Candidate(
-            placement, flow, predict(self._holding, placement, flow), self._survives(placement, flow), method
+            placement, flow, predict(self._holding, placement, flow), self._flows.survives(placement), method
         )
-
-    def _survives(self, placement: Placement, flow: Flow) -> bool:
-        holders = [0] * self._holding.num_layers
-        for held in placement.values():
-            for layer in held.layers():
-                holders[layer] += 1
-        if min(holders) < 2:
-            return False
-        return all(
-            self._flows.value({node: held for node, held in placement.items() if node != lost}) > 0
-            for lost in flow.through
-        )
+        self._tell()
 
     def _valid(self, placement: Placement) -> bool:
         return all(self._holding.allows(node, held) for node, held in placement.items()) and all(
             node.id in placement for node in self._holding.spec.nodes if self._holding.must_hold(node.id)
         )
+
+
+def _flow_of(found: Candidate) -> float:
+    return found.flow.value
+
+
+def _decode_of(found: Candidate) -> float:
+    return found.prediction.decode_tokens_per_s if found.prediction else found.flow.value

@@ -16,6 +16,8 @@ from helixd.plan.holding import Holding
 
 _MAX_PATTERNS = 6000
 _PROBES = 14
+_RELAXED_PROBES = 9
+_FIRST_STEP = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,20 @@ def cover(
     `min_width`: at least so many nodes in each stage. `fewest`: with as few stages as possible. `wide`: at least so
     many stages of several nodes, such as slow links between regions need on both their sides.
     """
+    made = _cover_program(kinds, num_layers, flow, min_width=min_width, fewest=fewest, wide=wide)
+    if made is None:
+        return None
+    stages, program = made
+    solution = milp.solve(program, time_limit_s=time_limit_s, seed=seed, node_limit=2000)
+    if solution is None:
+        return None
+    return tuple(stage for stage, times in zip(stages, solution.values, strict=True) for _ in range(round(times)))
+
+
+def _cover_program(
+    kinds: Sequence[Kind], num_layers: int, flow: float, *, min_width: int, fewest: bool, wide: int
+) -> tuple[list[Stage], milp.Program] | None:
+    """All stages that carry `flow`, and how often to take each; None if there is no such stage."""
     ends = any(kind.most[first][last] != kind.most[0][0] for kind in kinds for first in (0, 1) for last in (0, 1))
     places = ((False, False), (True, False), (False, True), (True, True)) if ends else ((False, False),)
     stages = [stage for first, last in places for stage in _stages(kinds, num_layers, flow, min_width, first, last)]
@@ -138,10 +154,7 @@ def cover(
         # Any cover will do: what goes far beyond the last layer is no better.
         program.rows[0] = (num_layers, num_layers + max(stage.layers for stage in stages), *program.rows[0][2:])
         program.cost = [0.0] * len(stages)
-    solution = milp.solve(program, time_limit_s=time_limit_s, seed=seed, node_limit=2000)
-    if solution is None:
-        return None
-    return tuple(stage for stage, times in zip(stages, solution.values, strict=True) for _ in range(round(times)))
+    return stages, program
 
 
 def best_cover(
@@ -152,17 +165,19 @@ def best_cover(
     min_width: int = 1,
     wide: int = 0,
     seed: int = 0,
+    precision: float = 1e-4,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> tuple[float, tuple[Stage, ...]] | None:
-    """The largest flow that stages reach (found by bisection below `bound`), and the stages."""
-    low, high = 0.0, bound
+    """The largest flow that stages reach (found by bisection below `bound`, to `precision` of it), and the stages."""
     found: tuple[Stage, ...] | None = cover(kinds, num_layers, bound, min_width=min_width, wide=wide, seed=seed)
     if found is not None:
         return bound, found
-    for _ in range(_PROBES):
-        if out_of_time():
+    low, high = 0.0, _relaxed_best(kinds, num_layers, bound, min_width=min_width, wide=wide)
+    for probe in range(_PROBES):
+        if out_of_time() or high - low < precision * high:
             break
-        middle = (low + high) / 2
+        # Whole stages come near to what stages in fractions reach.
+        middle = high - (high - low) * (_FIRST_STEP if probe == 0 else 0.5)
         stages = cover(kinds, num_layers, middle, min_width=min_width, wide=wide, seed=seed)
         if stages is None:
             high = middle
@@ -172,6 +187,21 @@ def best_cover(
             low = max(middle, min(stage.flow(kinds) for stage in stages))
             high = max(high, low)
     return None if found is None else (low, found)
+
+
+def _relaxed_best(kinds: Sequence[Kind], num_layers: int, bound: float, *, min_width: int, wide: int) -> float:
+    """A flow that stages do not exceed: where even fractions of stages do not cover the layers. Cheaper to find."""
+    low, high = 0.0, bound
+    for _ in range(_RELAXED_PROBES):
+        middle = (low + high) / 2
+        made = _cover_program(kinds, num_layers, middle, min_width=min_width, fewest=False, wide=wide)
+        if made is not None:
+            made[1].integer = [False] * len(made[0])
+        if made is None or milp.solve(made[1]) is None:
+            high = middle
+        else:
+            low = middle
+    return high
 
 
 def lay_out(stages: Sequence[Stage], kinds: Sequence[Kind], num_layers: int) -> dict[NodeId, LayerRange]:

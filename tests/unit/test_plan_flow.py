@@ -132,6 +132,17 @@ def test_schedule_lists_hops_heaviest_first_and_sums_to_the_flow() -> None:
     assert [hop.node for hop in schedule[NodeId("big")]] == [COORDINATOR]
 
 
+@settings(max_examples=60, deadline=None)
+@given(placed_clusters())
+def test_a_plan_survives_iff_something_flows_whichever_node_is_gone(
+    world: tuple[ClusterSpec, dict[NodeId, LayerRange]],
+) -> None:
+    spec, placement = world
+    model = FlowModel(spec)
+    left = [model.value({n: held for n, held in placement.items() if n != lost}) for lost in placement]
+    assert model.survives(placement) is (min(left) > 0)
+
+
 def published() -> list[Path]:
     folder = Path(__file__).resolve().parents[3] / "shared" / "clusters"
     return sorted([*folder.glob("published/*.json"), *folder.glob("measured/*.json")])

@@ -15,7 +15,6 @@ from helixd.plan.clusterfile import parse_cluster
 from helixd.plan.cover import CoverSearch, least_cover
 from helixd.plan.flow import FlowModel
 from helixd.plan.holding import Holding
-from helixd.plan.lanes import best_lane_cover, lay_out_lanes
 from helixd.plan.planner import plan_cluster
 from helixd.plan.spec import COORDINATOR, ClusterSpec, LinkSpec, NodeSpec
 from helixd.plan.stages import best_cover, cover, few_kinds, kinds_of, lay_out
@@ -112,17 +111,6 @@ def test_like_kinds_are_merged_and_promise_what_the_weakest_can() -> None:
         assert kind.capacity[0] == min(100.0 + int(name[1:]) for name in kind.nodes)
 
 
-def test_lanes_let_small_nodes_stand_beside_a_large_one() -> None:
-    # Beside "big", which holds all six layers, the two others make a second lane of three each.
-    nodes = [node("big", [600, 300, 200, 150, 120, 100]), node("s0", [150, 120, 100]), node("s1", [150, 120, 100])]
-    holding = Holding(cluster(nodes, 6))
-    kinds = kinds_of(holding)
-    chosen = best_lane_cover(kinds, 6, 150, 210)
-    assert chosen is not None
-    placement = lay_out_lanes(chosen, kinds, 6)
-    assert FlowModel(holding.spec).value(placement) == pytest.approx(200)
-
-
 def ring(count: int, num_layers: int, seed: int) -> ClusterSpec:
     """Nodes that see only a few others; a chain through all of them exists, in an order nobody is told."""
     nodes = equal_nodes(count, num_layers // count)
@@ -176,9 +164,9 @@ def test_cover_search_honours_pins_and_is_the_same_for_a_seed() -> None:
 @pytest.mark.parametrize(
     ("name", "flow", "gap"),
     [
-        ("distributed24-llama70b", 1754.0, 0.15),
+        ("distributed24-llama70b", 1754.0, 1e-6),
         ("sparse-single24-llama70b", 2045.64, 1e-6),
-        ("sparse-distributed24-llama70b", 1500.0, 0.3),
+        ("sparse-distributed24-llama70b", 1754.0, 1e-6),
         ("single24-llama30b", 1517.0, 1e-3),
     ],
 )
