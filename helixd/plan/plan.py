@@ -16,6 +16,24 @@ class Infeasible(HelixError):
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a search is: the best max flow found, what no placement exceeds (tokens/s), and which method found it.
+
+    `elapsed_s` is 0 for a search that was given no clock. `flow` is 0 until something is found.
+    """
+
+    elapsed_s: float
+    flow: float
+    bound: float
+    method: str
+
+    @property
+    def gap(self) -> float:
+        """The share of the bound that is not reached; 0 is proven."""
+        return max(0.0, 1 - self.flow / self.bound) if self.bound > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Hop:
     """A possible next hop and its share: the flow planned on the edge, in tokens/s. It is the IWRR weight."""
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from helixd.plan.explain import explanations
 from helixd.plan.flow import FlowModel
 from helixd.plan.holding import Holding
-from helixd.plan.plan import Infeasible, Plan
+from helixd.plan.plan import Infeasible, Plan, Progress
 from helixd.plan.predict import stages
 from helixd.plan.schedule import schedule_of
 from helixd.plan.search import SMALL, Candidate, Search
@@ -32,11 +32,13 @@ def plan_cluster(
     objective: str = "throughput",
     survive: int | None = None,
     clock: Callable[[], float] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> Plan:
     """The best plan found for `objective`: "throughput" (predicted serving), "max-flow" (the paper's) or "latency".
 
     `survive`: 1 asks for a complete pipeline after the loss of any one node, 0 does not care, None prefers such a plan
     where it costs little. `clock`: monotonic seconds; without it the search ends by its own budgets alone.
+    `on_progress` is told of every better flow and every sharper bound, from within the search.
 
     Raises Infeasible if no placement serves the model, ValueError for an unknown objective.
     """
@@ -45,6 +47,11 @@ def plan_cluster(
     started = clock() if clock else 0.0
     holding = Holding(spec)
     holding.check_memory()
+
+    def report(flow: float, bound: float, method: str) -> None:
+        if on_progress is not None:
+            on_progress(Progress(clock() - started if clock else 0.0, flow, bound, method))
+
     search = Search(
         holding,
         seed=seed,
@@ -52,6 +59,7 @@ def plan_cluster(
         out_of_time=lambda: bool(clock and clock() - started > time_limit_s),
         frontier=objective != "max-flow",
         widths=(1,) if survive == 0 or (objective == "max-flow" and survive is None) else (1, 2),
+        report=report,
     )
     candidates = search.run()
     if not candidates:

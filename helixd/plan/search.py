@@ -60,7 +60,10 @@ class _Structure:
 
 
 class Search:
-    """One search of one cluster. `widths`: least stage widths to try; `frontier`: also look at plans of less depth."""
+    """One search of one cluster. `widths`: least stage widths to try; `frontier`: also look at plans of less depth.
+
+    `report(flow, bound, method)` is called whenever the best flow rises or the bound falls.
+    """
 
     def __init__(
         self,
@@ -71,6 +74,7 @@ class Search:
         out_of_time: Callable[[], bool],
         frontier: bool,
         widths: tuple[int, ...],
+        report: Callable[[float, float, str], None] = lambda flow, bound, method: None,
     ) -> None:
         self._holding = holding
         self._flows = FlowModel(holding.spec)
@@ -82,6 +86,9 @@ class Search:
         self._small = len(holding.spec.nodes) <= SMALL
         self._pinned = any(holding.must_hold(node.id) for node in holding.spec.nodes)
         self._found: dict[tuple[tuple[NodeId, LayerRange], ...], Candidate] = {}
+        self._report = report
+        self._reported = (0.0, float("inf"))
+        self._best_method = ""
         self.bound = capacity_bound(holding)
 
     def run(self) -> list[Candidate]:
@@ -91,15 +98,18 @@ class Search:
             placement, proven = exact
             self._add(placement, "exhaustive")
             if proven:
-                self.bound = min(self.bound, self._flows.value(placement))
+                self._tighten(self._flows.value(placement))
         if not self._pinned:
             structures = [found for width in self._widths for found in self._stages(width)]
             if self._best() < max((found.goal for found in structures), default=0.0) * (1 - 1e-6):
                 self._link_up(structures)
         if not self._proven():
-            self.bound = pattern_bound(
-                self._holding, self.bound, self._best(), steps=3 if self._small else 16, out_of_time=self._out_of_time
-            )
+            self._tighten(
+                pattern_bound(
+                    self._holding, self.bound, self._best(), steps=3 if self._small else 16,
+                    out_of_time=self._out_of_time,
+                )
+            )  # fmt: skip
         near = self._best() >= self.bound * 0.95
         done = self._proven() and not self._frontier
         if not done and (self._small or self._pinned or not near):
@@ -110,6 +120,17 @@ class Search:
 
     def _best(self) -> float:
         return max((found.flow.value for found in self._found.values()), default=0.0)
+
+    def _tighten(self, bound: float) -> None:
+        self.bound = min(self.bound, bound)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Report the incumbent and the bound if either is better than what was last reported."""
+        best = self._best()
+        if best > self._reported[0] or self.bound < self._reported[1]:
+            self._reported = (best, self.bound)
+            self._report(best, self.bound, self._best_method)
 
     def _proven(self) -> bool:
         return self._best() >= self.bound * (1 - 1e-9)
@@ -255,9 +276,12 @@ class Search:
         flow = self._flows.solve(placement)
         if flow.value <= 0:
             return
+        if flow.value > self._best():
+            self._best_method = method
         self._found[key] = Candidate(
             placement, flow, predict(self._holding, placement, flow), self._survives(placement, flow), method
         )
+        self._tell()
 
     def _survives(self, placement: Placement, flow: Flow) -> bool:
         holders = [0] * self._holding.num_layers

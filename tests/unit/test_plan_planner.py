@@ -11,7 +11,7 @@ from helixd.layers import LayerRange
 from helixd.plan.clusterfile import parse_cluster
 from helixd.plan.flow import FlowModel
 from helixd.plan.holding import Holding
-from helixd.plan.plan import Infeasible, Plan
+from helixd.plan.plan import Infeasible, Plan, Progress
 from helixd.plan.planner import plan_cluster
 from helixd.plan.spec import COORDINATOR, ClusterSpec, LinkSpec, NodeSpec
 from tests.unit.plan_worlds import cluster, equal_nodes, full_mesh, node, shared_clusters, without_links
@@ -220,6 +220,21 @@ def test_a_clock_that_has_run_out_still_leaves_a_plan() -> None:
     plan = plan_cluster(spec, time_limit_s=1, clock=lambda: float(next(ticks)))
     check(spec, plan)
     assert plan.solve_s > 0
+
+
+def test_progress_rises_to_the_plan_and_its_bound_falls() -> None:
+    told: list[Progress] = []
+    ticks = itertools.count()
+    spec = cluster([node(f"n{i}", [(90 + 7 * i) / j for j in range(1, 5)]) for i in range(9)], 9)
+    plan = plan_cluster(
+        spec, objective="max-flow", time_limit_s=1e4, clock=lambda: float(next(ticks)), on_progress=told.append
+    )
+    assert [p.flow for p in told] == sorted(p.flow for p in told)
+    assert [p.bound for p in told] == sorted((p.bound for p in told), reverse=True)
+    assert [p.elapsed_s for p in told] == sorted(p.elapsed_s for p in told)
+    assert (told[-1].flow, told[-1].bound) == (plan.max_flow_tokens_per_s, plan.upper_bound_tokens_per_s)
+    assert told[-1].gap == pytest.approx(1 - told[-1].flow / told[-1].bound)
+    assert told[-1].method == plan.method
 
 
 def test_unknown_objective_is_refused() -> None:
