@@ -17,10 +17,12 @@ MAY = {
     "engine": {"model"},
     "wire": {"protocol"},
     "worker": {"engine", "wire", "model", "protocol"},
-    "coordinator": {"plan", "route", "wire", "model", "protocol"},
+    "solver": {"plan"},
+    "coordinator": {"plan", "route", "solver", "wire", "model", "protocol"},
     "api": {"coordinator", "model"},
     "config": set(),
     "sim": {"plan", "route"},
+    "commands": {"plan", "solver", "model", "exits"},
 }
 CLOCKS = {"time", "datetime", "asyncio", "threading", "socket", "subprocess", "aiohttp", "uvloop", "torch"}
 NEVER = {
@@ -31,6 +33,8 @@ NEVER = {
     "model": {"torch", "asyncio", "aiohttp", "socket"},
     "wire": {"torch"},
     "coordinator": {"torch"},
+    "solver": {"torch", "socket", "aiohttp"},
+    "commands": {"torch", "socket", "aiohttp"},
     "api": {"torch"},
 }
 ANYWHERE = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
