@@ -22,7 +22,7 @@ MAY = {
     "api": {"coordinator", "model"},
     "config": set(),
     "sim": {"plan", "route"},
-    "commands": {"plan", "solver", "model", "exits"},
+    "commands": {"plan", "solver", "model", "config", "exits"},
 }
 CLOCKS = {"time", "datetime", "asyncio", "threading", "socket", "subprocess", "aiohttp", "uvloop", "torch"}
 NEVER = {
