@@ -1,15 +1,17 @@
 """A cluster file on disk, JSON or TOML, to a ClusterSpec; every complaint names the file, the line and the key."""
 
 import json
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 from helixd.commands.failure import CommandFailed
+from helixd.commands.model_sizes import model_of
 from helixd.commands.positions import line_of
 from helixd.exits import Exit
 from helixd.layers import LayerRange
-from helixd.plan.clusterfile import ClusterFileError, parse_cluster
+from helixd.plan.clusterfile import ClusterFileError, parse_cluster, unknown_keys
 from helixd.plan.spec import ClusterSpec
 
 
@@ -20,12 +22,20 @@ def load_cluster(path: Path, *, model: str | None = None) -> ClusterSpec:
     data = parse_toml(text, path) if toml else parse_json(text, path)
     if not isinstance(data, dict):
         raise CommandFailed(f"{path}: must hold a table of keys, not {type(data).__name__}", Exit.BAD_DATA)
+    wanted = model_of(model) if model is not None else None
+
+    def place(key: str) -> str:
+        line = line_of(text, key, toml=toml)
+        return f"{path}:{line}" if line is not None else str(path)
+
     try:
-        return parse_cluster(data)
+        spec = parse_cluster(data, model=wanted)
     except ClusterFileError as error:
-        line = line_of(text, error.key, toml=toml)
-        place = f"{path}:{line}" if line is not None else str(path)
-        raise CommandFailed(f"{place}: {error}", Exit.BAD_DATA) from error
+        raise CommandFailed(f"{place(error.key)}: {error}", Exit.BAD_DATA) from error
+    for key, near in unknown_keys(data):
+        meant = f"; did you mean {near}?" if near else ""
+        print(f"{place(key)}: {key}: is not a key of this format and was ignored{meant}", file=sys.stderr)
+    return spec
 
 
 def with_current(spec: ClusterSpec, path: Path) -> ClusterSpec:
@@ -43,6 +53,8 @@ def with_current(spec: ClusterSpec, path: Path) -> ClusterSpec:
     for node, pair in placement.items():
         try:
             start, end = pair
+            if type(start) is not int or type(end) is not int:
+                raise TypeError
             held[node] = LayerRange(start, end)
         except (TypeError, ValueError):
             raise CommandFailed(f"{path}: placement.{node}: must be [start, end), is {pair!r}", Exit.BAD_DATA) from None

@@ -48,11 +48,11 @@ def place(holding: Holding, seed: int, time_limit_s: float) -> Layout:
 
 
 def _take(holding: Holding, node: NodeSpec, served: list[float], held: dict[str, LayerRange]) -> None:
-    longest = max((len(found) for found in holding.options(node.id)), default=0)
-    spans = [found for found in holding.options(node.id) if len(found) == longest]
-    if not spans:
+    # As many layers as fit, which are fewer where the embedding or the head comes with them.
+    longest = {span.start: span for span in holding.options(node.id)}
+    if not longest:
         return
-    best = min(spans, key=lambda span: (sorted(served[span.start : span.end]), span.start))
+    best = min(longest.values(), key=lambda span: (sorted(served[span.start : span.end]), span.start))
     held[node.id] = best
     _add(holding, node, best, served, 1)
 

@@ -11,21 +11,26 @@ from helixd.plan.plan import Infeasible
 
 
 def place(holding: Holding, seed: int, time_limit_s: float) -> Layout:
-    """One placement. Raises Infeasible if there are fewer nodes than stages."""
+    """The placement with the fewest stages. Raises Infeasible if there are fewer nodes than stages."""
     nodes = holding.usable()
     if not nodes:
         raise Infeasible("no node can hold a layer")
     smallest = min(holding.max_layers(node.id) for node in nodes)
-    stages = even_cuts(holding.num_layers, -(-holding.num_layers // smallest))
+    fewest = -(-holding.num_layers // smallest)
+    for count in range(fewest, min(len(nodes), holding.num_layers) + 1):
+        if (placement := _deal(holding, even_cuts(holding.num_layers, count))) is not None:
+            return Layout(placement)
+    raise Infeasible(f"{len(nodes)} nodes do not fill {fewest} stages of at most {smallest} layers, or more")
+
+
+def _deal(holding: Holding, stages: list[LayerRange]) -> dict[NodeId, LayerRange] | None:
+    """The strongest node first, each to the weakest stage that it may hold; None if a stage stays empty."""
     strength = [0.0] * len(stages)
     placement: dict[NodeId, LayerRange] = {}
-    for node in sorted(nodes, key=lambda node: (-throughput(holding, node, len(stages[0])), node.id)):
+    for node in sorted(holding.usable(), key=lambda node: (-throughput(holding, node, len(stages[0])), node.id)):
         fits = [n for n, held in enumerate(stages) if holding.allows(node.id, held)]
         if fits:
             weakest = min(fits, key=lambda n: (strength[n], n))
             strength[weakest] += throughput(holding, node, len(stages[weakest]))
             placement[node.id] = stages[weakest]
-    if min(strength) <= 0:
-        empty = stages[strength.index(0.0)]
-        raise Infeasible(f"{len(nodes)} nodes, {len(stages)} stages of {smallest} layers: none is left for {empty}")
-    return Layout(placement)
+    return placement if min(strength) > 0 else None
