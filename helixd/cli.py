@@ -4,6 +4,7 @@ What needs no daemon (--help, --version, --check-config, --print-config) imports
 """
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import logging
@@ -12,7 +13,7 @@ import platform
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,16 @@ a configuration file: write one with every key and its default, change it, check
 Flags beat environment variables (HELIXD_SECTION__KEY), which beat the file, which beats defaults. Without --config the
 file is $HELIXD_CONFIG, $XDG_CONFIG_HOME/helixd/helixd.toml (not for root) or /etc/helixd/helixd.toml.
 
+other commands, each with a --help of its own:
+{commands}
+
 exit status: 0 stopped as asked, 2 usage, 65 bad model data, 70 internal error, 73 state directory not writable,
 77 turned away by the coordinator, 78 configuration, 130 interrupted while starting."""
+
+# Subcommands: a module with `main(argv)`, imported when it is asked for, and a line about it.
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "plan": ("helixd.commands.plan", "where layers should go on machines that a file describes, and what they serve"),
+}
 
 FIRST_STEPS = """\
 helixd: and there is no configuration file; "helixd --model demo" serves the small model in the package,
@@ -96,8 +105,12 @@ _MACHINE = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words and words[0] in COMMANDS:
+        status: int = importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
+        return status
     parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     if arguments.json and not arguments.version:
         parser.error("--json goes with --version")
     if arguments.version:
@@ -111,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigErrors as errors:
         for problem in errors.problems:
             print(f"helixd: {problem}", file=sys.stderr)
-        if not (sys.argv[1:] if argv is None else argv) and find_file(os.environ, None) is None:
+        if not words and find_file(os.environ, None) is None:
             print(FIRST_STEPS, file=sys.stderr)
         return Exit.CONFIG
     if arguments.check_config:
@@ -125,11 +138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's parser."""
+    commands = "\n".join(f"  helixd {name:10} {about}" for name, (_, about) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="helixd",
-        usage="helixd [--model PATH] [options]",
+        usage="helixd [--model PATH] [options]\n       helixd COMMAND ...",
         description=DESCRIPTION,
-        epilog=EXAMPLES,
+        epilog=EXAMPLES.replace("{commands}", commands),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -1,33 +1,28 @@
-"""From what is known of the fleet to a plan: the ClusterSpec, and the planner in a process of its own.
+"""From what is known of the fleet to a plan: the ClusterSpec, and a run of the planner's process (`helixd.solver`).
 
-The planner may crash, hang or run out of memory without taking serving down: it runs in a child process that is killed
-past its time. Nothing unmeasured is planned with: a node without measurements and a link without a probe are absent.
+Nothing unmeasured is planned with: a node without measurements and a link without a probe are absent.
 """
 
-import asyncio
 import logging
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-import msgspec
-
+from helixd import logs
 from helixd.coordinator.fleet import Fleet, Node
-from helixd.errors import HelixError
 from helixd.ids import NodeId, PeerId
 from helixd.layers import LayerRange
 from helixd.model.decoder import DTYPE_BYTES, DecoderConfig, DType
 from helixd.model.sizes import embedding_bytes, head_bytes, layer_bytes
-from helixd.plan.plan import Infeasible, Plan
+from helixd.plan.plan import Plan
 from helixd.plan.profile import NodeMeasurement, profiles_from_measurements
 from helixd.plan.spec import COORDINATOR, ClusterSpec, LinkSpec, ModelSpec, NodeSpec, WorkloadSpec
+from helixd.solver.job import Job
+from helixd.solver.process import solve
 
 log = logging.getLogger(__name__)
 
 TOKEN_BYTES = 4
-GRACE_S = 20.0
 IN_PROCESS_BYTES_PER_S = 10e9
-MAX_PLAN_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +76,6 @@ class ModelSizes:
         embedding = self.embedding_bytes if 0 in layers else 0
         head = self.head_bytes if self.num_layers - 1 in layers else 0
         return len(layers) * self.layer_bytes + embedding + head
-
-
-class PlannerFailed(HelixError):
-    """The planner's process gave no plan; the old plan stays."""
 
 
 def build_spec(
@@ -141,29 +132,13 @@ def _links(fleet: Fleet, nodes: list[Node]) -> list[LinkSpec]:
     return links
 
 
-async def run_planner(spec: ClusterSpec, time_limit_s: float) -> Plan:
-    """Plan in a child process. Raises Infeasible, or PlannerFailed (crash, time, nonsense)."""
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "helixd.coordinator.planner_child", str(time_limit_s),
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        async with asyncio.timeout(time_limit_s + GRACE_S):
-            answer, _ = await child.communicate(msgspec.json.encode(spec))
-    except TimeoutError:
-        raise PlannerFailed(f"the planner's process gave no answer within {time_limit_s + GRACE_S:g} s") from None
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.wait()
-    if child.returncode == INFEASIBLE_EXIT:
-        raise Infeasible(answer.decode("utf-8", "replace"))
-    if child.returncode != 0:
-        raise PlannerFailed(f"the planner's process ended with status {child.returncode}")
-    try:
-        return msgspec.json.decode(answer, type=Plan)
-    except msgspec.DecodeError as error:
-        raise PlannerFailed(f"the planner's answer makes no sense: {error}") from error
+async def run_planner(spec: ClusterSpec, options: PlanningOptions) -> Plan:
+    """Plan in a child process. A search that broke off gives the best plan it had.
 
-
-INFEASIBLE_EXIT = 3
+    Raises Infeasible, or PlannerFailed (crash, time, memory, nonsense, and nothing found before).
+    """
+    outcome = await solve(Job(spec, time_limit_s=options.time_limit_s))
+    assert outcome.plan is not None
+    if outcome.cut_off is not None:
+        logs.event(log, logging.WARNING, "planner_cut_off", reason=outcome.cut_off, method=outcome.plan.method)
+    return outcome.plan

@@ -14,11 +14,12 @@ from helixd import logs
 from helixd.coordinator.admission import Admission
 from helixd.coordinator.epochs import Epochs
 from helixd.coordinator.fleet import Fleet
-from helixd.coordinator.planning import ModelSizes, PlannerFailed, PlanningOptions, build_spec, run_planner
+from helixd.coordinator.planning import ModelSizes, PlanningOptions, build_spec, run_planner
 from helixd.ids import NodeId
 from helixd.plan.flow import FlowModel
 from helixd.plan.plan import Infeasible, Plan
 from helixd.plan.spec import ClusterSpec
+from helixd.solver.process import PlannerFailed
 
 log = logging.getLogger(__name__)
 
@@ -118,11 +119,11 @@ class Replanner:
         holding = self._epochs.holding()
         spec = build_spec(self._fleet, self._model_name, self._sizes, self._planning, holding)
         try:
-            return spec, await run_planner(spec, self._planning.time_limit_s)
+            return spec, await run_planner(spec, self._planning)
         except Infeasible:
             tight = replace(self._planning, kv_fraction=0.0)
             spec = build_spec(self._fleet, self._model_name, self._sizes, tight, holding)
-            return spec, await run_planner(spec, self._planning.time_limit_s)
+            return spec, await run_planner(spec, tight)
 
     def _why_adopt(self, spec: ClusterSpec, plan: Plan) -> str | None:
         now_in_force = self._epochs.coming or self._epochs.active

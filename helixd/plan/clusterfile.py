@@ -1,21 +1,20 @@
 """Cluster files, format `helixd-cluster/1`: parsed data (JSON or TOML, read by the caller) -> ClusterSpec.
 
-Every complaint names the key it is about. Unknown keys are ignored, so that files may carry notes. Where a type has
-no `throughput_tokens_per_s` it is derived from its layer times, KV room and the workload.
+Every complaint names the key it is about. Unknown keys are ignored, so that files may carry notes; `unknown_keys` says
+which they are. Where a type has no `throughput_tokens_per_s` it is derived from its layer times, KV room and the
+workload; where it has no layer times either, from what its hardware's datasheet says.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import NoReturn
+from collections.abc import Mapping
+from difflib import get_close_matches
 
-from helixd.errors import HelixError
 from helixd.ids import NodeId
-from helixd.layers import LayerRange
-from helixd.plan.profile import TypeTimes, derive_throughput
+from helixd.plan.clustertypes import Types
+from helixd.plan.filetable import ClusterFileError, Table, number_of
 from helixd.plan.spec import (
     COORDINATOR,
-    BatchLimits,
     ClusterSpec,
+    LayerWork,
     LinkSpec,
     ModelSpec,
     NodeProfile,
@@ -23,35 +22,54 @@ from helixd.plan.spec import (
     WorkloadSpec,
 )
 
+__all__ = ["FORMAT", "ClusterFileError", "parse_cluster", "unknown_keys"]
+
 FORMAT = "helixd-cluster/1"
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+_KNOWN = {
+    "": ("format", "name", "model", "coordinator", "node_types", "nodes", "links", "default_link", "workload"),
+    "model": (
+        "name", "num_layers", "layer_bytes", "activation_bytes", "token_bytes", "embedding_bytes", "head_bytes",
+        "kv_bytes_per_token_layer", "flops_per_token_layer", "dtype",
+    ),
+    "coordinator": ("nic_in_bytes_per_s", "nic_out_bytes_per_s"),
+    "default_link": ("bandwidth_bytes_per_s", "latency_s"),
+    "workload": (
+        "mean_input_tokens", "mean_output_tokens", "kv_fraction", "min_kv_tokens", "typical_layers", "fleet",
+    ),
+    "nodes": (
+        "id", "type", "hardware", "memory_bytes", "memory_headroom_bytes", "region", "nic_in_bytes_per_s",
+        "nic_out_bytes_per_s", "min_layers", "max_layers", "exclude", "fixed_range", "current_range",
+    ),
+    "node_types": (
+        "hardware", "memory_bytes", "max_layers", "throughput_tokens_per_s", "kv_capacity_token_layers",
+        "prompt_layer_time_s", "decode_layer_time_s", "batch_limits",
+    ),
+}  # fmt: skip
 
 
-class ClusterFileError(HelixError):
-    """The data is not a cluster; `key` is the path of the offending key, such as `nodes[3].type`."""
+def parse_cluster(data: Mapping[str, object], *, model: ModelSpec | None = None) -> ClusterSpec:
+    """The cluster that `data` describes, for `model` if one is given instead of its own.
 
-    def __init__(self, key: str, problem: str) -> None:
-        super().__init__(f"{key}: {problem}")
-        self.key = key
-
-
-def parse_cluster(data: Mapping[str, object]) -> ClusterSpec:
-    """The cluster that `data` describes. Raises ClusterFileError naming the first bad key."""
-    top = _Table(data, "")
+    Raises ClusterFileError naming the first bad key.
+    """
+    top = Table(data, "")
     found = top.text("format")
     if found != FORMAT:
         top.fail("format", f"is {found!r}; this version reads {FORMAT!r}")
-    model = _model(top.table("model"))
+    own = _model(top.table("model")) if model is None or top.has("model") else None
     nodes_in = top.tables("nodes")
     if not nodes_in:
         top.fail("nodes", "is empty; a cluster has at least one node")
-    counts: dict[str, int] = {}
-    for entry in nodes_in:
-        counts[entry.text("type")] = counts.get(entry.text("type"), 0) + 1
-    workload = _workload(top.table("workload", optional=True), counts)
-    types = top.table("node_types")
-    profiles = {name: _profile(types.table(name), name, model) for name in types.keys()}  # noqa: SIM118
-    profiles = _with_throughput(profiles, workload, model, types)
-    nodes = tuple(_node(entry, profiles, model) for entry in nodes_in)
+    types = Types(top.table("node_types", optional=True), own, model or own)
+    kinds = [types.of_node(entry) for entry in nodes_in]
+    workload = _workload(top.table("workload", optional=True), {kind: kinds.count(kind) for kind in kinds})
+    profiles = types.profiles(workload)
+    used = types.model
+    nodes = tuple(
+        _node(entry, types, kind, profiles, used) for entry, kind in zip(nodes_in, kinds, strict=True)
+    )  # fmt: skip
     seen: set[NodeId] = set()
     for i, node in enumerate(nodes):
         if node.id in seen:
@@ -60,107 +78,35 @@ def parse_cluster(data: Mapping[str, object]) -> ClusterSpec:
     coordinator = top.table("coordinator", optional=True)
     return ClusterSpec(
         name=top.text("name", default="cluster"),
-        model=model,
+        model=used,
         nodes=nodes,
-        links=_links(top, seen),
+        links=_links(top, [node.id for node in nodes]),
         workload=workload,
         coordinator_nic_in_bytes_per_s=coordinator.number_or_none("nic_in_bytes_per_s"),
         coordinator_nic_out_bytes_per_s=coordinator.number_or_none("nic_out_bytes_per_s"),
     )
 
 
-class _Table:
-    """A mapping and where it stands, so that every complaint can name its key."""
-
-    def __init__(self, data: object, path: str) -> None:
-        if not isinstance(data, Mapping):
-            raise ClusterFileError(path or "top level", f"must be a table, is {_kind(data)}")
-        self._data = data
-        self._path = path
-
-    def key(self, name: str) -> str:
-        return f"{self._path}.{name}" if self._path else name
-
-    def fail(self, name: str, problem: str) -> NoReturn:
-        raise ClusterFileError(self.key(name), problem)
-
-    def keys(self) -> list[str]:
-        return [str(name) for name in self._data]
-
-    def get(self, name: str) -> object:
-        if name not in self._data:
-            self.fail(name, "is missing")
-        return self._data[name]
-
-    def has(self, name: str) -> bool:
-        return self._data.get(name) is not None
-
-    def table(self, name: str, *, optional: bool = False) -> "_Table":
-        if optional and not self.has(name):
-            return _Table({}, self.key(name))
-        return _Table(self.get(name), self.key(name))
-
-    def items(self, name: str) -> Sequence[object]:
-        value = self.get(name)
-        if not isinstance(value, list | tuple):
-            self.fail(name, f"must be a list, is {_kind(value)}")
-        return value
-
-    def tables(self, name: str) -> list["_Table"]:
-        return [_Table(item, f"{self.key(name)}[{i}]") for i, item in enumerate(self.items(name))]
-
-    def text(self, name: str, *, default: str | None = None) -> str:
-        if default is not None and not self.has(name):
-            return default
-        value = self.get(name)
-        if not isinstance(value, str) or not value:
-            self.fail(name, f"must be a non-empty string, is {_kind(value)}")
-        return value
-
-    def number(self, name: str, *, least: float = 0.0, above: bool = False, default: float | None = None) -> float:
-        if default is not None and not self.has(name):
-            return default
-        return _number(self.get(name), self.key(name), least=least, above=above)
-
-    def number_or_none(self, name: str) -> float | None:
-        return self.number(name) if self.has(name) else None
-
-    def whole(self, name: str, *, least: int = 0) -> int:
-        return _whole(self.get(name), self.key(name), least=least)
-
-    def whole_or_none(self, name: str, *, least: int = 0) -> int | None:
-        return self.whole(name, least=least) if self.has(name) else None
-
-    def numbers(self, name: str) -> tuple[float, ...]:
-        return tuple(_number(item, f"{self.key(name)}[{i}]") for i, item in enumerate(self.items(name)))
-
-    def points(self, name: str) -> tuple[tuple[float, float], ...]:
-        if not self.has(name):
-            return ()
-        points: list[tuple[float, float]] = []
-        for i, item in enumerate(self.items(name)):
-            key = f"{self.key(name)}[{i}]"
-            if not isinstance(item, list | tuple) or len(item) != 2:
-                raise ClusterFileError(key, "must be [tokens in the batch, seconds for one layer]")
-            point = (_number(item[0], key), _number(item[1], key))
-            if points and point[0] <= points[-1][0]:
-                raise ClusterFileError(key, "batch sizes must rise from point to point")
-            points.append(point)
-        return tuple(points)
-
-    def range(self, name: str, num_layers: int) -> LayerRange | None:
-        if not self.has(name):
-            return None
-        pair = self.items(name)
-        if len(pair) != 2:
-            self.fail(name, "must be [start, end)")
-        start, end = (_whole(value, self.key(name)) for value in pair)
-        if not start < end <= num_layers:
-            self.fail(name, f"[{start}, {end}) is not a range of the model's {num_layers} layers")
-        return LayerRange(start, end)
+def unknown_keys(data: Mapping[str, object]) -> list[tuple[str, str | None]]:
+    """Keys that mean nothing here, and the known one that was perhaps meant. `data` has been parsed before."""
+    tables: list[tuple[str, str, object]] = [("", "", data)]
+    tables += [(name, name, data.get(name)) for name in ("model", "coordinator", "default_link", "workload")]
+    nodes, types = data.get("nodes"), data.get("node_types")
+    tables += [(f"nodes[{i}]", "nodes", entry) for i, entry in enumerate(nodes if isinstance(nodes, list) else ())]
+    tables += [
+        (f"node_types.{name}", "node_types", entry)
+        for name, entry in (types.items() if isinstance(types, Mapping) else ())
+    ]
+    found: list[tuple[str, str | None]] = []
+    for path, kind, table in tables:
+        for key in table if isinstance(table, Mapping) else ():
+            if key not in _KNOWN[kind]:
+                near = get_close_matches(str(key), _KNOWN[kind], 1)
+                found.append((f"{path}.{key}" if path else str(key), near[0] if near else None))
+    return found
 
 
-def _model(table: _Table) -> ModelSpec:
+def _model(table: Table) -> ModelSpec:
     return ModelSpec(
         name=table.text("name", default="model"),
         num_layers=table.whole("num_layers", least=1),
@@ -169,10 +115,27 @@ def _model(table: _Table) -> ModelSpec:
         token_bytes=table.number("token_bytes", above=True),
         embedding_bytes=table.number("embedding_bytes", default=0.0),
         head_bytes=table.number("head_bytes", default=0.0),
+        work=_work(table),
     )
 
 
-def _workload(table: _Table, counts: Mapping[str, int]) -> WorkloadSpec:
+def _work(table: Table) -> LayerWork | None:
+    """For estimates; None if the file does not say how large the KV of a token is."""
+    if not table.has("kv_bytes_per_token_layer"):
+        return None
+    dtype = table.text("dtype", default="bfloat16")
+    if dtype not in _DTYPE_BYTES:
+        table.fail("dtype", f"{dtype!r} is none of {', '.join(_DTYPE_BYTES)}")
+    # Two operations per weight and token; a mixture of experts does fewer and says so.
+    dense = 2 * table.number("layer_bytes") / _DTYPE_BYTES[dtype]
+    return LayerWork(
+        kv_bytes_per_token=table.number("kv_bytes_per_token_layer", above=True),
+        flops_per_token=table.number("flops_per_token_layer", above=True, default=dense),
+        dtype=dtype,
+    )
+
+
+def _workload(table: Table, counts: Mapping[str, int]) -> WorkloadSpec:
     default = WorkloadSpec()
     typical = table.table("typical_layers", optional=True)
     fleet = table.table("fleet", optional=True)
@@ -186,118 +149,48 @@ def _workload(table: _Table, counts: Mapping[str, int]) -> WorkloadSpec:
     )
 
 
-def _profile(table: _Table, name: str, model: ModelSpec) -> NodeProfile:
-    max_layers = min(table.whole("max_layers"), model.num_layers)
-    kv = table.numbers("kv_capacity_token_layers")
-    throughput = table.numbers("throughput_tokens_per_s") if table.has("throughput_tokens_per_s") else ()
-    given = {"kv_capacity_token_layers": kv} | ({"throughput_tokens_per_s": throughput} if throughput else {})
-    for key, values in given.items():
-        if len(values) < max_layers:
-            table.fail(key, f"has {len(values)} values, max_layers is {max_layers}")
-    limits = [
-        BatchLimits(
-            prompt_max_requests=entry.number_or_none("prompt_max_requests"),
-            prompt_max_tokens=entry.number_or_none("prompt_max_tokens"),
-            decode_max_tokens=entry.number_or_none("decode_max_tokens"),
-            decode_max_context=entry.number_or_none("decode_max_context"),
-        )
-        for entry in (table.tables("batch_limits") if table.has("batch_limits") else ())
-    ]
-    return NodeProfile(
-        type=name,
-        memory_bytes=table.number("memory_bytes"),
-        max_layers=max_layers,
-        throughput_tokens_per_s=throughput,
-        kv_capacity_token_layers=kv,
-        prompt_layer_time_s=table.points("prompt_layer_time_s"),
-        decode_layer_time_s=table.points("decode_layer_time_s"),
-        batch_limits=tuple(limits),
-    )
-
-
-def _with_throughput(
-    profiles: Mapping[str, NodeProfile], workload: WorkloadSpec, model: ModelSpec, types: _Table
-) -> dict[str, NodeProfile]:
-    missing = {name for name, profile in profiles.items() if not profile.throughput_tokens_per_s and profile.max_layers}
-    if not missing:
-        return dict(profiles)
-    for name in sorted(missing):
-        for key in ("prompt_layer_time_s", "decode_layer_time_s"):
-            if not types.table(name).has(key):
-                types.table(name).fail(key, "is missing, and so is throughput_tokens_per_s which it would give")
-    times = {
-        name: TypeTimes(p.prompt_layer_time_s, p.decode_layer_time_s, p.kv_capacity_token_layers[: p.max_layers])
-        for name, p in profiles.items()
-        if p.prompt_layer_time_s and p.decode_layer_time_s
-    }
-    derived = derive_throughput(times, workload, model.num_layers)
-    return {
-        name: replace(profile, throughput_tokens_per_s=derived[name]) if name in missing else profile
-        for name, profile in profiles.items()
-    }
-
-
-def _node(table: _Table, profiles: Mapping[str, NodeProfile], model: ModelSpec) -> NodeSpec:
-    kind = table.text("type")
-    if kind not in profiles:
-        table.fail("type", f"{kind!r} is not in node_types ({', '.join(sorted(profiles)) or 'which is empty'})")
+def _node(
+    table: Table, types: Types, kind: str, profiles: Mapping[str, NodeProfile], model: ModelSpec
+) -> NodeSpec:  # fmt: skip
     node_id = table.text("id")
     if node_id == COORDINATOR:
         table.fail("id", f"{node_id!r} is the coordinator's own id")
-    exclude = table.get("exclude") if table.has("exclude") else False
-    if not isinstance(exclude, bool):
-        table.fail("exclude", f"must be true or false, is {_kind(exclude)}")
     return NodeSpec(
         id=NodeId(node_id),
-        profile=profiles[kind],
+        profile=types.with_headroom(profiles[kind], table.number("memory_headroom_bytes", default=0.0)),
         region=table.text("region", default="") if table.has("region") else "",
         nic_in_bytes_per_s=table.number_or_none("nic_in_bytes_per_s"),
         nic_out_bytes_per_s=table.number_or_none("nic_out_bytes_per_s"),
         min_layers=table.whole_or_none("min_layers"),
         max_layers=table.whole_or_none("max_layers"),
-        exclude=exclude,
+        exclude=table.flag("exclude"),
         fixed_range=table.range("fixed_range", model.num_layers),
         current_range=table.range("current_range", model.num_layers),
     )
 
 
-def _links(top: _Table, nodes: set[NodeId]) -> tuple[LinkSpec, ...]:
-    links: list[LinkSpec] = []
-    seen: set[tuple[str, str]] = set()
-    for i, item in enumerate(top.items("links")):
+def _links(top: Table, nodes: list[NodeId]) -> tuple[LinkSpec, ...]:
+    links: dict[tuple[str, str], LinkSpec] = {}
+    known = {*nodes, COORDINATOR}
+    default = top.table("default_link", optional=True)
+    for i, item in enumerate(top.items("links") if top.has("links") or not top.has("default_link") else ()):
         key = f"links[{i}]"
         if not isinstance(item, list | tuple) or len(item) != 4:
             top.fail(key, "must be [src, dst, bandwidth_bytes_per_s, latency_s]")
         src, dst = item[0], item[1]
         for end in (src, dst):
-            if end != COORDINATOR and end not in nodes:
+            if end not in known:
                 top.fail(key, f"{end!r} is neither a node's id nor {COORDINATOR!r}")
         if src == dst:
             top.fail(key, f"goes from {src!r} to itself")
-        if (src, dst) in seen:
+        if (src, dst) in links:
             top.fail(key, f"{src!r} -> {dst!r} occurs twice")
-        seen.add((src, dst))
-        links.append(LinkSpec(NodeId(src), NodeId(dst), _number(item[2], key), _number(item[3], key)))
-    return tuple(links)
-
-
-def _number(value: object, key: str, *, least: float = 0.0, above: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ClusterFileError(key, f"must be a number, is {_kind(value)}")
-    # Written so that NaN is refused too.
-    if not (least < value if above else least <= value) or value == float("inf"):
-        raise ClusterFileError(key, f"must be {'above' if above else 'at least'} {least:g}, is {value}")
-    return float(value)
-
-
-def _whole(value: object, key: str, *, least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ClusterFileError(key, f"must be a whole number, is {_kind(value)}")
-    if value < least:
-        raise ClusterFileError(key, f"must be at least {least}, is {value}")
-    return value
-
-
-def _kind(value: object) -> str:
-    names = {type(None): "null", bool: "true or false", str: "a string", list: "a list", dict: "a table"}
-    return names.get(type(value), f"{value!r}")
+        links[src, dst] = LinkSpec(NodeId(src), NodeId(dst), number_of(item[2], key), number_of(item[3], key))
+    if top.has("default_link"):
+        rate, latency = default.number("bandwidth_bytes_per_s"), default.number("latency_s")
+        ends = [COORDINATOR, *nodes]
+        for src in ends:
+            for dst in ends:
+                if src != dst and (src, dst) not in links:
+                    links[src, dst] = LinkSpec(src, dst, rate, latency)
+    return tuple(links.values())

@@ -66,10 +66,7 @@ def plan_cluster(
         raise Infeasible(_why_none(holding))
     best = _choose(candidates, objective, survive, len(spec.nodes) <= SMALL)
     if best is None:
-        raise Infeasible(
-            "no placement found keeps a complete pipeline when any one node is lost: "
-            "add nodes or memory, or plan with survive 0"
-        )
+        raise Infeasible(_why_not_safe(holding))
     decode = best.prediction.decode_tokens_per_s if best.prediction else None
     return Plan(
         num_layers=holding.num_layers,
@@ -123,6 +120,14 @@ def _worth(found: Candidate) -> float:
 
 def _round_s(found: Candidate) -> float:
     return found.prediction.unloaded_round_s if found.prediction is not None else stages(found.flow)
+
+
+def _why_not_safe(holding: Holding) -> str:
+    room = sum(holding.max_layers(node.id) for node in holding.usable())
+    said = "no placement found keeps a complete pipeline when any one node is lost"
+    if room < 2 * holding.num_layers:
+        said += f" (each of {holding.num_layers} layers must be held twice, nodes hold {room})"
+    return said + ": add nodes or memory, or plan with survive 0"
 
 
 def _why_none(holding: Holding) -> str:

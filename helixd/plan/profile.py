@@ -103,6 +103,19 @@ def kv_room_token_layers(memory_bytes: float, weight_bytes: float, kv_bytes_per_
     return max(0.0, (memory_bytes - weight_bytes) / kv_bytes_per_token_layer)
 
 
+def kv_rooms(
+    memory_bytes: float, model: ModelSpec, kv_bytes_per_token_layer: float, least_tokens: float
+) -> tuple[float, ...]:
+    """KV room in tokens x layers for every number of layers (index j-1) that leaves each `least_tokens` of it."""
+    rooms: list[float] = []
+    for layers in range(1, model.num_layers + 1):
+        kv = kv_room_token_layers(memory_bytes, layers * model.layer_bytes, kv_bytes_per_token_layer)
+        if kv < least_tokens * layers:
+            break
+        rooms.append(kv)
+    return tuple(rooms)
+
+
 def profiles_from_measurements(
     measured: Mapping[NodeId, NodeMeasurement],
     model: ModelSpec,
@@ -115,15 +128,9 @@ def profiles_from_measurements(
     `max_layers`, which is 0 for a node that cannot hold a single layer.
     """
     least = max(1.0, workload.min_kv_tokens)
-    rooms: dict[NodeId, tuple[float, ...]] = {}
-    for node, found in measured.items():
-        room: list[float] = []
-        for layers in range(1, model.num_layers + 1):
-            kv = kv_room_token_layers(found.memory_bytes, layers * model.layer_bytes, kv_bytes_per_token_layer)
-            if kv < least * layers:
-                break
-            room.append(kv)
-        rooms[node] = tuple(room)
+    rooms = {
+        node: kv_rooms(found.memory_bytes, model, kv_bytes_per_token_layer, least) for node, found in measured.items()
+    }
     times = {
         str(node): TypeTimes(found.prompt_layer_time_s, found.decode_layer_time_s, rooms[node])
         for node, found in measured.items()

@@ -14,10 +14,26 @@ COORDINATOR = NodeId("coordinator")
 
 
 @dataclass(frozen=True, slots=True)
+class LayerWork:
+    """What one layer asks of a device, for estimates (see `helixd.plan.roofline`).
+
+    `kv_bytes_per_token`: K and V of one token. Of a mixture of experts, `expert_bytes` of the layer are experts, of
+    which a token uses `expert_share`.
+    """
+
+    kv_bytes_per_token: float
+    flops_per_token: float
+    dtype: str
+    expert_bytes: float = 0.0
+    expert_share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Sizes of the model. `activation_bytes` is one token's hidden state, `token_bytes` one token id on the wire.
 
     `embedding_bytes` must also fit on a node that holds layer 0, `head_bytes` on one that holds the last layer.
+    `work` is needed only for nodes whose speed is estimated.
     """
 
     name: str
@@ -27,6 +43,7 @@ class ModelSpec:
     token_bytes: float
     embedding_bytes: float = 0.0
     head_bytes: float = 0.0
+    work: LayerWork | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,13 @@ MAY = {
     "engine": {"model"},
     "wire": {"protocol"},
     "worker": {"engine", "wire", "model", "protocol"},
-    "coordinator": {"plan", "route", "wire", "model", "protocol"},
+    "solver": {"plan"},
+    "coordinator": {"plan", "route", "solver", "wire", "model", "protocol"},
     "api": {"coordinator", "model"},
     "config": set(),
     "sim": {"plan", "route"},
     "emulation": {"engine", "model", "plan", "worker"},
+    "commands": {"plan", "solver", "model", "config", "exits"},
 }
 CLOCKS = {"time", "datetime", "asyncio", "threading", "socket", "subprocess", "aiohttp", "uvloop", "torch"}
 NEVER = {
@@ -34,6 +36,8 @@ NEVER = {
     "model": {"torch", "asyncio", "aiohttp", "socket"},
     "wire": {"torch"},
     "coordinator": {"torch"},
+    "solver": {"torch", "socket", "aiohttp"},
+    "commands": {"torch", "socket", "aiohttp"},
     "api": {"torch"},
     "emulation": {"torch"},
 }

@@ -1,0 +1,129 @@
+"""What vendors print about common GPUs, chips and processors: memory, its bandwidth, arithmetic per second.
+
+Source of every row: the vendor's datasheet or architecture white paper, read as figures; dense rates (no sparsity),
+matrix units with 32-bit accumulation where the vendor tells them apart. Vendors of unified-memory chips and of
+processors publish no rate: cores x clock x operations per cycle. Nothing here was measured.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+SOURCE = "vendor datasheet"
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One device. `memory_bytes` is None where it is sold with different memories.
+
+    `flops_per_s` by dtype; a dtype that is missing is computed at the float32 rate. `usable`: the share of memory
+    that weights and KV may take, beside the driver, buffers and whatever else lives there.
+    """
+
+    name: str
+    memory_bytes: float | None
+    bandwidth_bytes_per_s: float
+    flops_per_s: Mapping[str, float]
+    usable: float = 0.85
+
+    def rate(self, dtype: str) -> float:
+        """Operations per second in `dtype`."""
+        return self.flops_per_s.get(dtype, self.flops_per_s["float32"])
+
+
+def _gpu(
+    name: str, memory_gb: float, gb_per_s: float, half: float, single: float, *, bfloat16: bool = True
+) -> Hardware:
+    rates = {"float32": single * 1e12, "float16": half * 1e12} | ({"bfloat16": half * 1e12} if bfloat16 else {})
+    return Hardware(name, memory_gb * 1e9, gb_per_s * 1e9, rates)
+
+
+def _apple(name: str, gb_per_s: float, single: float) -> Hardware:
+    rate = single * 1e12
+    return Hardware(name, None, gb_per_s * 1e9, {"float32": rate, "float16": rate, "bfloat16": rate}, usable=0.7)
+
+
+def _processor(name: str, gb_per_s: float, single: float, bfloat16: float | None = None) -> Hardware:
+    rates = {"float32": single * 1e12} | ({"bfloat16": bfloat16 * 1e12} if bfloat16 else {})
+    return Hardware(name, None, gb_per_s * 1e9, rates, usable=0.8)
+
+
+# Name, GB, GB/s, TFLOP/s in 16 bits, TFLOP/s in 32 bits.
+_ALL = (
+    _gpu("A100-40GB", 40, 1555, 312, 19.5),
+    _gpu("A100-80GB", 80, 2039, 312, 19.5),
+    _gpu("H100", 80, 3350, 989, 67),
+    _gpu("H100-PCIe", 80, 2000, 756, 51),
+    _gpu("H200", 141, 4800, 989, 67),
+    _gpu("L4", 24, 300, 121, 30.3),
+    _gpu("L40S", 48, 864, 362, 91.6),
+    _gpu("T4", 16, 320, 65, 8.1, bfloat16=False),
+    _gpu("V100-16GB", 16, 900, 125, 15.7, bfloat16=False),
+    _gpu("V100-32GB", 32, 900, 125, 15.7, bfloat16=False),
+    _gpu("A10", 24, 600, 125, 31.2),
+    _gpu("A30", 24, 933, 165, 10.3),
+    _gpu("A40", 48, 696, 150, 37.4),
+    _gpu("RTX A4000", 16, 448, 76.7, 19.2),
+    _gpu("RTX A5000", 24, 768, 111, 27.8),
+    _gpu("RTX A6000", 48, 768, 155, 38.7),
+    _gpu("RTX 4000 Ada", 20, 360, 81.9, 26.7),
+    _gpu("RTX 6000 Ada", 48, 960, 364, 91.1),
+    _gpu("RTX 2080 Ti", 11, 616, 53.8, 13.4, bfloat16=False),
+    _gpu("RTX 3060", 12, 360, 25.5, 12.7),
+    _gpu("RTX 3060 Ti", 8, 448, 32.4, 16.2),
+    _gpu("RTX 3070", 8, 448, 40.6, 20.3),
+    _gpu("RTX 3080", 10, 760, 59.5, 29.8),
+    _gpu("RTX 3080 Ti", 12, 912, 68.2, 34.1),
+    _gpu("RTX 3090", 24, 936, 71, 35.6),
+    _gpu("RTX 3090 Ti", 24, 1008, 80, 40),
+    _gpu("RTX 4060", 8, 272, 30.2, 15.1),
+    _gpu("RTX 4060 Ti 16GB", 16, 288, 44.1, 22.1),
+    _gpu("RTX 4070", 12, 504, 58.3, 29.1),
+    _gpu("RTX 4070 Ti", 12, 504, 80.2, 40.1),
+    _gpu("RTX 4070 Ti Super", 16, 672, 88.2, 44.1),
+    _gpu("RTX 4080", 16, 717, 97.5, 48.7),
+    _gpu("RTX 4090", 24, 1008, 165, 82.6),
+    _gpu("RTX 5060 Ti 16GB", 16, 448, 47.4, 23.7),
+    _gpu("RTX 5070", 12, 672, 61.7, 30.9),
+    _gpu("RTX 5070 Ti", 16, 896, 87.9, 43.9),
+    _gpu("RTX 5080", 16, 960, 113, 56.3),
+    _gpu("RTX 5090", 32, 1792, 210, 105),
+    _gpu("RX 7900 XTX", 24, 960, 123, 61.4),
+    _gpu("MI210", 64, 1638, 181, 22.6),
+    # A card is two devices to the system; this is one.
+    _gpu("MI250", 64, 1638, 181, 22.6),
+    _gpu("MI300X", 192, 5300, 1307, 163),
+    _apple("M1", 68, 2.6),
+    _apple("M1 Pro", 200, 5.2),
+    _apple("M1 Max", 400, 10.4),
+    _apple("M1 Ultra", 800, 20.8),
+    _apple("M2", 100, 3.6),
+    _apple("M2 Pro", 200, 6.8),
+    _apple("M2 Max", 400, 13.6),
+    _apple("M2 Ultra", 800, 27.2),
+    _apple("M3", 100, 3.5),
+    _apple("M3 Pro", 150, 6.4),
+    _apple("M3 Max", 400, 14.1),
+    _apple("M3 Ultra", 819, 28.2),
+    _apple("M4", 120, 4.3),
+    _apple("M4 Pro", 273, 8.5),
+    _apple("M4 Max", 546, 17.0),
+    _processor("EPYC 7763", 205, 5.0),
+    _processor("EPYC 9654", 461, 7.4, 14.7),
+    _processor("Xeon 8380", 205, 5.9),
+    _processor("Xeon 8480+", 307, 7.2, 57),
+    _processor("Ryzen 9 7950X", 83, 2.3, 4.6),
+    _processor("Core i9-13900K", 90, 1.4),
+    _processor("Raspberry Pi 5", 17, 0.15),
+)
+
+HARDWARE: Mapping[str, Hardware] = {found.name: found for found in _ALL}
+
+_KEYS = {"".join(name.lower().split()).replace("-", ""): found for name, found in HARDWARE.items()}
+
+
+def find_hardware(name: str) -> Hardware | None:
+    """The device called `name`, whatever its spaces, hyphens, case and vendor's prefix; None if it is not known."""
+    key = "".join(name.lower().split()).replace("-", "")
+    for prefix in ("nvidia", "amd", "apple", "intel", "geforce", "tesla", "radeon"):
+        key = key.removeprefix(prefix)
+    return _KEYS.get(key)

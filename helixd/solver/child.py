@@ -1,0 +1,159 @@
+"""The planner's own process: a Job on stdin, answers as JSON lines on stdout. `python -m helixd.solver.child`.
+
+Niced, so that planning never takes the processor from serving; bounded in memory and time by the system itself, so
+that a search gone wrong ends without harm. Its answers are the only thing on its stdout, whatever the solver's library
+has to say. Ctrl-C is its parent's to act on.
+"""
+
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from typing import BinaryIO
+
+import msgspec
+
+from helixd.plan.baselines import baseline_plan
+from helixd.plan.holding import Holding
+from helixd.plan.judge import current_plan
+from helixd.plan.plan import Infeasible, Plan, Progress
+from helixd.plan.planner import plan_cluster
+from helixd.plan.undominated import frontier
+from helixd.solver.job import (
+    OVERTIME_S,
+    Answer,
+    Compared,
+    Depths,
+    Doing,
+    Failed,
+    Found,
+    Job,
+    Refused,
+    Unconstrained,
+)
+
+# Rules that take milliseconds: what they place is there if the search dies.
+_AT_ONCE = ("swarm", "petals")
+_PROGRESS_S = 0.1
+
+
+def main() -> int:
+    """Answer one job."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(5)
+    out = _own_stdout()
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    _limit(job)
+    worker = _Worker(job, out)
+    try:
+        worker.run()
+    except Infeasible as error:
+        worker.say(Refused(str(error)))
+    except MemoryError:
+        worker.say(Failed(f"the planner needs more than its {(job.memory_bytes or 0) / 2**30:.1f} GiB of memory"))
+    except BrokenPipeError:
+        return 1
+    return 0
+
+
+class _Worker:
+    def __init__(self, job: Job, out: BinaryIO) -> None:
+        self._job = job
+        self._out = out
+        self._started = time.monotonic()
+        self._said_s = -math.inf
+
+    def say(self, answer: Answer) -> None:
+        self._out.write(msgspec.json.encode(answer) + b"\n")
+        self._out.flush()
+
+    def run(self) -> None:
+        """Everything that was asked for, the plan first. Raises Infeasible if there is no plan."""
+        job = self._job
+        if (plan := self._at_once()) is not None:
+            self.say(Found(plan, final=False))
+        self.say(Found(self._search("plan", job.survive), final=True))
+        if job.price:
+            self.say(Unconstrained(self._search("plan without survival", 0)))
+        for name in job.baselines:
+            self.say(Doing(name, self._elapsed_s()))
+            self.say(self._compare(name))
+        if job.frontier:
+            self.say(Doing("flow against depth", self._elapsed_s()))
+            points = frontier(job.spec, seed=job.seed, time_limit_s=job.time_limit_s, clock=time.monotonic)
+            self.say(Depths(points))
+
+    def _search(self, what: str, survive: int | None) -> Plan:
+        def report(progress: Progress) -> None:
+            if progress.elapsed_s - self._said_s >= _PROGRESS_S or not math.isfinite(self._said_s):
+                self._said_s = progress.elapsed_s
+                bound = progress.bound if math.isfinite(progress.bound) else None
+                self.say(Doing(what, self._elapsed_s(), progress.flow or None, bound, progress.method))
+
+        self._said_s = -math.inf
+        job = self._job
+        return plan_cluster(
+            job.spec, seed=job.seed, time_limit_s=job.time_limit_s, objective=job.objective, survive=survive,
+            clock=time.monotonic, on_progress=report,
+        )  # fmt: skip
+
+    def _at_once(self) -> Plan | None:
+        """The best of what nodes hold now and of what quick rules place; None where none of them serves."""
+        plans = [current_plan(Holding(self._job.spec))]
+        for name in _AT_ONCE:
+            try:
+                plan = baseline_plan(name, self._job.spec, seed=self._job.seed)
+            except Infeasible:
+                continue
+            plans.append(plan if not _breaks_pins(plan, self._job) else None)
+        if self._job.survive:
+            return None
+        return max((p for p in plans if p is not None), key=lambda p: p.max_flow_tokens_per_s, default=None)
+
+    def _compare(self, name: str) -> Compared:
+        job = self._job
+        try:
+            plan = baseline_plan(
+                name, job.spec, seed=job.seed, time_limit_s=job.time_limit_s, clock=time.monotonic
+            )  # fmt: skip
+        except Infeasible as error:
+            return Compared(name, None, str(error))
+        return Compared(name, plan)
+
+    def _elapsed_s(self) -> float:
+        return time.monotonic() - self._started
+
+
+def _breaks_pins(plan: Plan, job: Job) -> bool:
+    holding = Holding(job.spec)
+    return any(holding.must_hold(node.id) and node.id not in plan.placement for node in job.spec.nodes)
+
+
+def _limit(job: Job) -> None:
+    """Bound this process's address space and its life, where the system can."""
+    signal.alarm(math.ceil(job.longest_s + OVERTIME_S))
+    if job.memory_bytes is not None:
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        limit = job.memory_bytes if most == resource.RLIM_INFINITY else min(job.memory_bytes, most)
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+        except (ValueError, OSError):
+            # A system without this limit (macOS refuses it): time still bounds the search.
+            return
+
+
+def _own_stdout() -> BinaryIO:
+    """The process's stdout as a file of our own. Descriptor 1 leads nowhere from now on: HiGHS prints its licence
+    there even when it is told to be silent.
+    """
+    answer = os.fdopen(os.dup(1), "wb")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    return answer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

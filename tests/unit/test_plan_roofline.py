@@ -1,0 +1,99 @@
+"""Estimates from datasheets: how far from what was measured, and what they are made of."""
+
+import json
+from dataclasses import replace
+from statistics import median
+
+import pytest
+
+from helixd.plan.clusterfile import parse_cluster
+from helixd.plan.hardware import HARDWARE, find_hardware
+from helixd.plan.profile import layer_time_s
+from helixd.plan.roofline import estimate
+from helixd.plan.spec import LayerWork, ModelSpec, WorkloadSpec
+from tests.unit.plan_worlds import shared_clusters
+
+# What the docs promise: no estimate is further off than this, and the middle one is close.
+WORST, MIDDLE = 2.3, 1.2
+
+MODEL = ModelSpec("m", 10, 1e9, 8192, 4, work=LayerWork(4096, 1e9, "bfloat16"))
+WORK = LayerWork(4096, 1e9, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("cluster", "weights", "kv_bytes"),
+    [("heterogeneous42-llama70b", 0.856e9, 4096), ("single24-llama30b", 0.532e9, 4 * 6656)],
+)
+def test_estimates_are_near_the_published_layer_times(cluster: str, weights: float, kv_bytes: float) -> None:
+    spec = parse_cluster(json.loads((shared_clusters() / f"{cluster}.json").read_text()))
+    work = LayerWork(kv_bytes, 2 * weights, "float16")
+    model = replace(spec.model, layer_bytes=2 * weights, work=work)
+    types = {node.profile.type: node.profile for node in spec.nodes}
+    ratios = []
+    for name, hardware in (("A100", "A100-40GB"), ("V100", "V100-16GB"), ("L4", "L4"), ("T4", "T4")):
+        if name not in types:
+            continue
+        found = estimate(HARDWARE[hardware], model, work, spec.workload)
+        for batches, guessed, measured in (
+            ((250, 500, 1000, 2000, 4000), found.prompt_layer_time_s, types[name].prompt_layer_time_s),
+            ((2, 8, 16, 32, 64, 128, 256), found.decode_layer_time_s, types[name].decode_layer_time_s),
+        ):
+            ratios += [layer_time_s(guessed, n) / layer_time_s(measured, n) for n in batches]
+    assert len(ratios) >= 36
+    assert all(1 / WORST < ratio < WORST for ratio in ratios), sorted(ratios)
+    assert 1 / MIDDLE < median(ratios) < MIDDLE
+
+
+def test_every_figure_of_the_table_is_possible() -> None:
+    assert len(HARDWARE) > 50
+    for name, found in HARDWARE.items():
+        assert find_hardware(name) is found
+        assert found.memory_bytes is None or 5e9 < found.memory_bytes < 2e11
+        assert 1e10 < found.bandwidth_bytes_per_s < 1e13
+        assert all(1e11 <= rate < 1e16 for rate in found.flops_per_s.values())
+        assert found.rate("float16") >= found.rate("float32")
+        assert 0.5 < found.usable < 1
+
+
+@pytest.mark.parametrize("name", ["nvidia rtx 4090", "NVIDIA GeForce RTX 4090", "RTX-4090", "rtx4090"])
+def test_names_as_people_write_them(name: str) -> None:
+    assert find_hardware(name) is HARDWARE["RTX 4090"]
+
+
+def test_a_name_that_is_not_known_is_not_guessed() -> None:
+    assert find_hardware("RTX 4091") is None
+    assert find_hardware("") is None
+
+
+def test_a_small_batch_reads_weights_and_a_large_one_computes() -> None:
+    hardware = HARDWARE["A100-40GB"]
+    found = estimate(hardware, MODEL, WORK, WorkloadSpec())
+    first, last = found.prompt_layer_time_s[0][1], found.prompt_layer_time_s[-1][1]
+    assert first == pytest.approx(1e9 / (1555e9 * 0.8) + 5e-5)
+    assert last == pytest.approx(8192 * 1e9 / (312e12 * 0.5) + 5e-5)
+    # A decode step reads the KV cache besides.
+    assert found.decode_layer_time_s[0][1] > first
+    assert found.memory_bytes == pytest.approx(34e9)
+
+
+def test_a_dtype_without_units_of_its_own_runs_at_the_full_width_rate() -> None:
+    hardware = HARDWARE["T4"]
+    half = estimate(hardware, MODEL, replace(WORK, dtype="float16"), WorkloadSpec())
+    brain = estimate(hardware, MODEL, WORK, WorkloadSpec())
+    assert brain.prompt_layer_time_s[-1][1] > 7 * half.prompt_layer_time_s[-1][1]
+    assert brain.prompt_layer_time_s[0] == half.prompt_layer_time_s[0]
+
+
+def test_a_lone_token_reads_only_its_experts() -> None:
+    hardware = HARDWARE["A100-40GB"]
+    sparse = replace(WORK, expert_bytes=0.9e9, expert_share=1 / 8)
+    found = estimate(hardware, MODEL, sparse, WorkloadSpec())
+    dense = estimate(hardware, MODEL, WORK, WorkloadSpec())
+    assert found.decode_layer_time_s[0][1] < dense.decode_layer_time_s[0][1] / 2
+    assert found.decode_layer_time_s[-1][1] == pytest.approx(dense.decode_layer_time_s[-1][1])
+
+
+def test_memory_that_the_datasheet_does_not_know_must_be_given() -> None:
+    with pytest.raises(ValueError, match="M2 Max is sold with different memories"):
+        estimate(HARDWARE["M2 Max"], MODEL, WORK, WorkloadSpec())
+    assert estimate(HARDWARE["M2 Max"], MODEL, WORK, WorkloadSpec(), memory_bytes=24e9).memory_bytes == 24e9
