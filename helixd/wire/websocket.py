@@ -380,7 +380,7 @@ class WebSocketLink:
                 self._heard = False
                 self._silence.heard()
             if self._silence.tick(now_s):
-                self.fail(f"no answer for {self._options.dead_after_s} s")
+                self.fail(self._farewell or f"no answer for {self._options.dead_after_s} s")
                 return
             progress = self._small_gate.progress + self._bulk_gate.progress + self._bulk_sender.progress
             waiting = self._small_gate.waiting or self._bulk_gate.waiting or self._bulk_sender.waiting
