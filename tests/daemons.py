@@ -1,5 +1,6 @@
 """Real helixd processes for tests: started with their own state, found through their logs, ended at the end."""
 
+import http.client
 import json
 import os
 import re
@@ -20,6 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+STATUS_INTERVAL_S = 1.1
 
 
 def byte_tokenizer(vocab_size: int) -> Tokenizer:
@@ -162,7 +165,7 @@ class Daemons:
         raise AssertionError(f"waited {within_s:g} s for {what}\n{self.tails()}")
 
     def wait_idle(self) -> None:
-        """No KV, no sequence, no reservation anywhere, and each node has said so since."""
+        """No KV, no sequence, no reservation anywhere, for longer than nodes take to say how they are."""
 
         def idle() -> bool:
             view = self.get("/cluster")
@@ -171,9 +174,12 @@ class Daemons:
                 view["requests"]["running"] == view["requests"]["waiting"] == 0
                 and all(node["kv_reserved_token_layers"] == 0 for node in view["nodes"])
                 and all(load is not None and load["kv_pages_used"] == load["open_sequences"] == 0 for load in loads)
+                and all(load["kv_used_token_layers"] == load["queued_tokens"] == 0 for load in loads)
             )
 
         self.wait(idle, "every node to be idle with no KV in use")
+        time.sleep(STATUS_INTERVAL_S)
+        self.wait(idle, "every node to stay idle with no KV in use")
 
     def tails(self) -> str:
         return "\n".join(f"--- {d.name}\n" + "\n".join(d.text.splitlines()[-15:]) for d in self.all.values())
@@ -218,7 +224,10 @@ class Stream:
     def read(self, at_most: int | None = None) -> "Stream":
         """To the end, or until `at_most` pieces have come in all."""
         while at_most is None or self.pieces < at_most:
-            line = self.answer.readline()
+            try:
+                line = self.answer.readline()
+            except (http.client.HTTPException, OSError):
+                break
             if not line:
                 break
             found = re.match(rb"data: (.*)\n", line)

@@ -19,14 +19,11 @@ class SilenceClock:
         self._last_s = now_s
         self._silence_s = 0.0
 
-    def heard(self) -> None:
-        """A sign of life (or of progress) came."""
-        self._silence_s = 0.0
-
-    def tick(self, now_s: float) -> bool:
-        """Whether the silence has reached the limit at this tick."""
-        self._silence_s += min(now_s - self._last_s, self.tick_s)
+    def tick(self, now_s: float, heard: bool) -> bool:
+        """`heard`: whether a sign of life came since the last tick. True once the silence has reached the limit."""
+        passed_s = min(now_s - self._last_s, self.tick_s)
         self._last_s = now_s
+        self._silence_s = 0.0 if heard else self._silence_s + passed_s
         # A tick that comes a hair early must not cost a whole further one.
         return self._silence_s >= self.limit_s - self.tick_s / 8
 
@@ -42,10 +39,8 @@ class ProgressWatch:
 
     def tick(self, now_s: float, progress: int, waiting: bool) -> bool:
         """`progress` counts what was taken so far. True once it has stood still for too long."""
-        if progress != self._last or not waiting:
-            self._last = progress
-            self._clock.heard()
-        return self._clock.tick(now_s)
+        taken, self._last = progress != self._last, progress
+        return self._clock.tick(now_s, taken or not waiting)
 
 
 class RoundTrip:

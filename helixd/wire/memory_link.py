@@ -245,6 +245,8 @@ class MemoryLink:
             self.fail("connection lost")
             return
         self._farewell = f"the peer closed the link: {told}"
+        # What was sent before is handled first, but not for longer than a silent peer is waited for.
+        asyncio.get_running_loop().call_later(self._options.dead_after_s, self.fail, self._farewell)
         other = self._far_end()
         other._small.wake.set()
         other._bulk.wake.set()

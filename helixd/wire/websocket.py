@@ -376,11 +376,9 @@ class WebSocketLink:
             await asyncio.sleep(self._options.ping_interval_s)
             now_s = self._loop.time()
             self._pings_answered = 0
-            if self._heard:
-                self._heard = False
-                self._silence.heard()
-            if self._silence.tick(now_s):
-                self.fail(f"no answer for {self._options.dead_after_s} s")
+            heard, self._heard = self._heard, False
+            if self._silence.tick(now_s, heard):
+                self.fail(self._farewell or f"no answer for {self._options.dead_after_s} s")
                 return
             progress = self._small_gate.progress + self._bulk_gate.progress + self._bulk_sender.progress
             waiting = self._small_gate.waiting or self._bulk_gate.waiting or self._bulk_sender.waiting
