@@ -355,11 +355,15 @@ async def test_text_to_ids_and_back(session: aiohttp.ClientSession) -> None:
         assert chat["token_strs"] is None
         chat = await post("/tokenize", messages=HI["messages"], add_generation_prompt=False)
         assert bytes(chat["tokens"]) == b"user: hi\n"
+        await post("/tokenize", messages=HI["messages"], chat_template_kwargs={"enable_thinking": False})
+        assert world.template.seen[-1][1] == {"enable_thinking": False}
         for path, body, param in (
             ("/tokenize", {}, "prompt"),
             ("/tokenize", {"prompt": "x", "messages": HI["messages"]}, "prompt"),
             ("/tokenize", {"prompt": 3}, "prompt"),
             ("/tokenize", {"prompt": "x", "model": "other"}, "model"),
+            ("/tokenize", {"messages": HI["messages"], "tools": [{"type": "function"}]}, "tools"),
+            ("/tokenize", {"messages": HI["messages"], "chat_template_kwargs": {"os": 1}}, "chat_template_kwargs"),
             ("/detokenize", {}, "tokens"),
             ("/detokenize", {"tokens": [256]}, "tokens"),
             ("/detokenize", {"tokens": [True]}, "tokens"),
