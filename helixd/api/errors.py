@@ -19,7 +19,7 @@ JSON_TYPE = "application/json"
 _TYPES = {403: "permission_error", 429: "rate_limit_error"}
 
 # A generation that failed after it was admitted: which HTTP status says so best.
-_FAILED_STATUS = {"timeout": 504, "internal_error": 500}
+_FAILED_STATUS = {"timeout": 504, "internal_error": 500, "rate_limit_exceeded": 429}
 
 
 class ApiError(HelixError):
