@@ -40,7 +40,7 @@ def read_chat(fields: Fields, body: dict[str, Any], options: ApiOptions, target:
         max_tokens=_max_tokens(fields),
         common=common,
         add_generation_prompt=fields.boolean("add_generation_prompt", default=True),
-        scalars=_scalars(fields, options.template_scalars),
+        scalars=read_scalars(fields, options.template_scalars),
     )
 
 
@@ -60,7 +60,8 @@ def _max_tokens(fields: Fields) -> int | None:
     return newer if newer is not None else older
 
 
-def _scalars(fields: Fields, allowed: frozenset[str]) -> dict[str, Scalar]:
+def read_scalars(fields: Fields, allowed: frozenset[str]) -> dict[str, Scalar]:
+    """`chat_template_kwargs`: what a client may set for the template. Raises a 400 for anything else."""
     given = fields.object("chat_template_kwargs") or {}
     for name, value in given.items():
         if name not in allowed:

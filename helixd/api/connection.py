@@ -11,11 +11,11 @@ from http import HTTPStatus
 from typing import cast
 
 import msgspec
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from helixd import logs
 from helixd.api.errors import JSON_TYPE, ApiError, where
-from helixd.api.middleware import REQUEST_ID_HEADER, new_request_id
+from helixd.api.middleware import REQUEST_ID_HEADER, SERVER, new_request_id
 from helixd.api.options import ApiOptions
 
 log = logging.getLogger("helixd.api")
@@ -79,7 +79,9 @@ class Connection(web.RequestHandler):
                 status, "The request is not valid HTTP, or its headers are too large.", code="invalid_http"
             )
         response = error.response()
+        # The application's own finishing of answers does not see this one.
         response.headers[REQUEST_ID_HEADER] = new_request_id()
+        response.headers[hdrs.SERVER] = SERVER
         response.force_close()
         return response
 
@@ -99,6 +101,7 @@ def _turned_away() -> bytes:
         f"Content-Length: {len(body)}",
         "Retry-After: 1",
         "Connection: close",
+        f"{hdrs.SERVER}: {SERVER}",
         f"{REQUEST_ID_HEADER}: {new_request_id()}",
     ]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body

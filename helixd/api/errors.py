@@ -19,7 +19,7 @@ JSON_TYPE = "application/json"
 _TYPES = {403: "permission_error", 429: "rate_limit_error"}
 
 # A generation that failed after it was admitted: which HTTP status says so best.
-_FAILED_STATUS = {"timeout": 504, "internal_error": 500}
+_FAILED_STATUS = {"timeout": 504, "internal_error": 500, "rate_limit_exceeded": 429}
 
 
 class ApiError(HelixError):
@@ -67,12 +67,18 @@ def unsupported_field(param: str, message: str) -> ApiError:
     return ApiError(400, f"`{param}` {message}", param=param, code="unsupported_parameter")
 
 
-def context_too_long(param: str, prompt_tokens: int, max_tokens: int | None, context_tokens: int) -> ApiError:
-    """A 400 for a prompt that, with the output asked for, does not fit the context."""
+def context_too_long(
+    param: str, prompt_tokens: int, max_tokens: int | None, context_tokens: int, *, or_more: bool = False
+) -> ApiError:
+    """A 400 for a prompt that, with the output asked for, does not fit the context.
+
+    `or_more`: not all of the prompt was counted.
+    """
     wanted = "at least 1" if max_tokens is None else str(max_tokens)
+    prompt = f"more than {prompt_tokens}" if or_more else str(prompt_tokens)
     return ApiError(
         400,
-        f"This model's context holds {context_tokens} tokens; the request needs {prompt_tokens} for the prompt and "
+        f"This model's context holds {context_tokens} tokens; the request needs {prompt} for the prompt and "
         f"{wanted} for the completion. Shorten the prompt or ask for fewer tokens.",
         param=param,
         code="context_length_exceeded",

@@ -146,6 +146,25 @@ COMPLETION_FIELDS = (
     _refused("prompt_embeds"),
 )
 
+TOKENIZE_FIELDS = (
+    _honoured("model", _STRING),
+    _honoured("prompt", _STRING),
+    _honoured("messages", {"type": "array", "minItems": 1, "items": {"type": "object"}}),
+    _honoured("add_special_tokens", _BOOLEAN),
+    _honoured("add_generation_prompt", _BOOLEAN),
+    _honoured("chat_template_kwargs", {"type": "object"}),
+    _honoured("return_token_strs", _BOOLEAN),
+    _refused("tools", []),
+    _refused("chat_template"),
+    _refused("continue_final_message", False),
+    _refused("documents", []),
+)
+
+DETOKENIZE_FIELDS = (
+    _honoured("model", _STRING),
+    _honoured("tokens", {"type": "array", "items": _INTEGER}, required=True),
+)
+
 
 def refuse_unsupported(body: Mapping[str, object], fields: tuple[Field, ...]) -> None:
     """Raise a 400 for the first refused field that is set to more than nothing."""

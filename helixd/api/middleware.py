@@ -23,6 +23,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 PUBLIC: web.AppKey[frozenset[web.AbstractResource]] = web.AppKey("helixd.api.public", frozenset)
 
 REQUEST_ID_HEADER = "x-request-id"
+SERVER = "helixd"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -100,7 +101,7 @@ def allowed_origin(request: web.Request) -> str | None:
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Before any response's headers go out: the request's id, and CORS where it is on."""
     response.headers[REQUEST_ID_HEADER] = request_id_of(request)
-    response.headers[hdrs.SERVER] = "helixd"
+    response.headers[hdrs.SERVER] = SERVER
     if request.app[STATE].options.cors_origins:
         response.headers[hdrs.VARY] = hdrs.ORIGIN
         if origin := allowed_origin(request):

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from helixd import __version__
 from helixd.api.answers import json_answer
-from helixd.api.fields import CHAT_FIELDS, COMPLETION_FIELDS, request_schema
+from helixd.api.fields import CHAT_FIELDS, COMPLETION_FIELDS, DETOKENIZE_FIELDS, TOKENIZE_FIELDS, request_schema
 
 Schema = dict[str, object]
 
@@ -87,28 +87,14 @@ _SCHEMAS: Schema = {
     ),
     "Model": _record(id=_STRING, object={"const": "model"}, created=_INTEGER, owned_by=_STRING),
     "ModelList": _record(object={"const": "list"}, data={"type": "array", "items": _ref("Model")}),
-    "TokenizeRequest": {
-        "type": "object",
-        "properties": {
-            "model": _NULLABLE_STRING,
-            "prompt": _NULLABLE_STRING,
-            "messages": {"type": ["array", "null"], "items": _OBJECT},
-            "add_special_tokens": {"type": ["boolean", "null"]},
-            "add_generation_prompt": {"type": ["boolean", "null"]},
-            "return_token_strs": {"type": ["boolean", "null"]},
-        },
-    },
+    "TokenizeRequest": request_schema(TOKENIZE_FIELDS),
     "Tokens": _record(
         count=_INTEGER,
         max_model_len=_INTEGER,
         tokens=_TOKENS,
         token_strs={"type": ["array", "null"], "items": _STRING},
     ),
-    "DetokenizeRequest": {
-        "type": "object",
-        "properties": {"model": _NULLABLE_STRING, "tokens": _TOKENS},
-        "required": ["tokens"],
-    },
+    "DetokenizeRequest": request_schema(DETOKENIZE_FIELDS),
     "Prompt": _record(prompt=_STRING),
 }
 

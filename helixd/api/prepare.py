@@ -11,6 +11,10 @@ from helixd.api.text import TextTools
 from helixd.coordinator.generation import GenerationRequest
 from helixd.ids import RequestId
 
+HEAD_CHARACTERS_PER_TOKEN = 32
+HEAD_TOO_LONG = 1.25
+"""A text whose head of 32 characters per token of context is 1.25 contexts long is too long: the rest is not read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -32,7 +36,7 @@ def prepare_chat(
     """The one generation of a chat call. Raises a 400 for messages that do not fit template or context."""
     rendered = text.render_chat(call.messages, call.add_generation_prompt, call.scalars, options.limits.template_bytes)
     # The template writes the special tokens itself.
-    prompt = tuple(text.tokenizer.encode(rendered, add_special_tokens=False))
+    prompt = _encode("messages", rendered, False, call.max_tokens, text, target)
     _check_length("messages", prompt, call.max_tokens, target)
     request = _request(response_id, prompt, call.max_tokens, call.common, options, client)
     return Prepared(response_id, (request,))
@@ -44,16 +48,16 @@ def prepare_completion(
     """One generation per prompt of a completions call. Raises a 400 for a prompt that does not fit the context."""
     requests: list[GenerationRequest] = []
     echoes: list[str] = []
+    # With `max_tokens` 0 one token is drawn and left out of the answer: a generation has at least one.
+    max_tokens = max(call.max_tokens, 1)
     for index, given in enumerate(call.prompts):
         if isinstance(given, str):
-            prompt = tuple(text.tokenizer.encode(given, add_special_tokens=call.add_special_tokens))
+            prompt = _encode("prompt", given, call.add_special_tokens, max_tokens, text, target)
         else:
             prompt = given
+        _check_length("prompt", prompt, max_tokens, target)
         if call.echo:
             echoes.append(given if isinstance(given, str) else text.tokenizer.decode(prompt))
-        # With `max_tokens` 0 one token is drawn and left out of the answer: a generation has at least one.
-        max_tokens = max(call.max_tokens, 1)
-        _check_length("prompt", prompt, max_tokens, target)
         common = call.common
         if index and not common.seeded:
             common = replace(common, sampling=replace(common.sampling, seed=draw_seed()))
@@ -61,6 +65,17 @@ def prepare_completion(
         request = _request(request_id, prompt, max_tokens, common, options, client)
         requests.append(replace(request, prompt_logprobs=call.echo and common.sampling.logprobs is not None))
     return Prepared(response_id, tuple(requests), tuple(echoes))
+
+
+def _encode(
+    param: str, given: str, special: bool, max_tokens: int | None, text: TextTools, target: Target
+) -> tuple[int, ...]:  # fmt: skip
+    head = HEAD_CHARACTERS_PER_TOKEN * target.context_tokens
+    if len(given) > head:
+        counted = len(text.tokenizer.encode(given[:head], add_special_tokens=False))
+        if counted > HEAD_TOO_LONG * target.context_tokens:
+            raise context_too_long(param, counted, max_tokens, target.context_tokens, or_more=True)
+    return tuple(text.tokenizer.encode(given, add_special_tokens=special))
 
 
 def _check_length(param: str, prompt: tuple[int, ...], max_tokens: int | None, target: Target) -> None:

@@ -18,7 +18,7 @@ from helixd import logs
 from helixd.api import generate, health, models, tokenize
 from helixd.api.connection import Connection
 from helixd.api.metrics import ApiMetrics
-from helixd.api.middleware import PUBLIC, add_headers, answer_preflight, require_key, shape_errors
+from helixd.api.middleware import PUBLIC, Handler, add_headers, answer_preflight, require_key, shape_errors
 from helixd.api.openapi import openapi
 from helixd.api.options import ApiOptions
 from helixd.api.request_body import continue_later
@@ -66,7 +66,7 @@ def create_app(
     app.on_cleanup.append(_close_threads)
     public = [app.router.add_resource(path) for path in PUBLIC_PATHS]
     for resource, handler in zip(public, (health.healthz, health.readyz, health.healthz), strict=True):
-        resource.add_route("GET", handler)
+        _add_get(resource, handler)
     app[PUBLIC] = frozenset(public)
     for path, get in (
         ("/version", health.version),
@@ -76,7 +76,7 @@ def create_app(
         ("/v1/models", models.list_models),
         ("/v1/models/{id:.+}", models.get_model),
     ):
-        app.router.add_resource(path).add_route("GET", get)
+        _add_get(app.router.add_resource(path), get)
     for path, post in (
         ("/v1/chat/completions", generate.chat_completions),
         ("/v1/completions", generate.completions),
@@ -85,6 +85,11 @@ def create_app(
     ):
         app.router.add_resource(path).add_route("POST", post, expect_handler=continue_later)
     return app
+
+
+def _add_get(resource: web.Resource, handler: Handler) -> None:
+    for method in ("GET", "HEAD"):
+        resource.add_route(method, handler)
 
 
 async def _close_threads(app: web.Application) -> None:

@@ -6,8 +6,10 @@ from aiohttp import web
 
 from helixd.api.answers import json_answer
 from helixd.api.body import Fields, parse_object
+from helixd.api.chat_request import read_scalars
 from helixd.api.envelope import Json
 from helixd.api.errors import bad_field
+from helixd.api.fields import DETOKENIZE_FIELDS, TOKENIZE_FIELDS, Field, refuse_unsupported
 from helixd.api.logprobs import shown
 from helixd.api.messages import read_messages
 from helixd.api.request_body import read_body
@@ -19,20 +21,21 @@ async def tokenize(request: web.Request) -> web.Response:
     """POST /tokenize: `prompt`, or `messages` for a chat template."""
     state = request.app[STATE]
     raw = await read_body(request, state.options)
-    return json_answer(await state.threads.run(lambda: _tokenize(_parse(raw, state), state)))
+    return json_answer(await state.threads.run(lambda: _tokenize(_parse(raw, state, TOKENIZE_FIELDS), state)))
 
 
 async def detokenize(request: web.Request) -> web.Response:
     """POST /detokenize: `tokens`."""
     state = request.app[STATE]
     raw = await read_body(request, state.options)
-    return json_answer(await state.threads.run(lambda: _detokenize(_parse(raw, state), state)))
+    return json_answer(await state.threads.run(lambda: _detokenize(_parse(raw, state, DETOKENIZE_FIELDS), state)))
 
 
-def _parse(raw: bytes, state: ApiState) -> Fields:
+def _parse(raw: bytes, state: ApiState, table: tuple[Field, ...]) -> Fields:
     body: dict[str, Any] = parse_object(raw, state.options.limits.json_depth)
     fields = Fields(body)
     check_model(fields, state.target(), required=False)
+    refuse_unsupported(body, table)
     return fields
 
 
@@ -45,7 +48,8 @@ def _tokenize(fields: Fields, state: ApiState) -> Json:
     if text is None:
         messages = read_messages(fields, state.options.limits)
         generation_prompt = fields.boolean("add_generation_prompt", default=True)
-        text = state.text.render_chat(messages, generation_prompt, {}, state.options.limits.template_bytes)
+        scalars = read_scalars(fields, state.options.template_scalars)
+        text = state.text.render_chat(messages, generation_prompt, scalars, state.options.limits.template_bytes)
     # A template writes the special tokens itself.
     special = fields.boolean("add_special_tokens", default=not chat)
     tokenizer = state.text.tokenizer

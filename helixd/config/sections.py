@@ -73,7 +73,11 @@ class ApiLimits:
 
     body_bytes: int = key(4 * 2**20, kinds.size(1024), "Largest request body.")
     n: int = key(8, kinds.integer(1, 128), "Most choices per request.")
-    queue: int = key(256, kinds.integer(0), "Requests that may wait for room; one more is a 429.")
+    queue: int = key(
+        256,
+        kinds.integer(0),
+        "Choices (a request has n per prompt) that may wait for room; a request with one more is a 429.",
+    )
     per_key_in_flight: int = key(64, kinds.integer(1), "Requests of one key that may wait or run at once.")
     request_s: float = key(600.0, kinds.duration(), "Longest a request may take, waiting included.")
     write_stall_s: float = key(30.0, kinds.duration(), "A client that reads nothing for this long is disconnected.")

@@ -2,7 +2,8 @@
 
 Runs `helixd.route` on the clock: draws under the masks of the moment, lets small requests pass a head that does not
 fit, holds what has no pipeline for `failover_wait_s`, makes the youngest give way where a node's KV overflows. A
-sequence that had a route before goes ahead of new ones, the oldest first, and is never refused for a full queue.
+sequence that had a route before goes ahead of new ones, the oldest first, and is never refused for a full queue. A new
+one is refused at the first look at it, if there is neither room for it nor a place in line.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from helixd.coordinator.sequence import Broken, Lease, SequenceRun
 from helixd.errors import NoRoute
 from helixd.ids import Attempt, Epoch, NodeId, SequenceId
-from helixd.route.admission import AdmissionQueue
+from helixd.route.admission import AdmissionQueue, QueueFull
 from helixd.route.expectation import OutputLength
 from helixd.route.ledger import KvLedger
 from helixd.route.router import Link, Route, Router
@@ -48,6 +49,7 @@ class Admission:
         self._router: Router | None = None
         self._epoch = Epoch(0)
         self._holders: dict[SequenceId, tuple[SequenceRun, Lease]] = {}
+        self._new: list[_Waiter] = []
         self._changed = asyncio.Event()
 
     # -- what the coordinator says -----------------------------------------------------------------------------------
@@ -92,8 +94,8 @@ class Admission:
 
     @property
     def full(self) -> bool:
-        """Whether one more new request is one too many."""
-        return self._router is not None and self.waiting >= self._queue_limit
+        """Whether one more new request is surely one too many."""
+        return self._router is not None and self.waiting >= max(1, self._queue_limit)
 
     def leases(self) -> Iterator[Lease]:
         """The routes in use."""
@@ -116,16 +118,21 @@ class Admission:
     # -- what sequences do -------------------------------------------------------------------------------------------
 
     async def acquire(self, run: SequenceRun) -> Lease:
-        """A reserved route. Raises NoRoute when there was none for `failover_wait_s`, or none can ever fit."""
+        """A reserved route. Raises NoRoute when there was none for `failover_wait_s`, or none can ever fit; QueueFull.
+
+        `run.considered` is set once the line was looked at with the sequence in it, `run.turned_away` if it may not
+        wait there.
+        """
         waiter = _Waiter(run)
         priority = OLDEST_FIRST - run.order if run.recovering else 0
         ticket = self._queue.push(waiter, now_s=time.monotonic(), priority=priority)
+        if not run.recovering:
+            self._new.append(waiter)
         self._changed.set()
         try:
             return await waiter.lease
-        except asyncio.CancelledError:
+        finally:
             self._queue.remove(ticket)
-            raise
 
     def forget(self, lease: Lease) -> None:
         """The attempt is over; its KV stays reserved until the hops confirm (or are gone)."""
@@ -166,6 +173,21 @@ class Admission:
                 pass
             self._changed.clear()
             self._queue.admit(time.monotonic(), self._admit)
+            self._turn_away()
+
+    def _turn_away(self) -> None:
+        """Of the sequences that came since the last look and found no room, those that find no place in line either."""
+        new, self._new = self._new, []
+        stay = [waiter for waiter in new if not waiter.lease.done()]
+        places = self._queue_limit - (len(self._queue) - len(stay))
+        if self._router is not None:
+            for waiter in stay[max(0, places) :]:
+                waiter.run.turned_away = True
+                waiter.lease.set_exception(
+                    QueueFull(f"there is no room, and {self._queue_limit} are waiting already; try again later")
+                )
+        for waiter in new:
+            waiter.run.considered.set()
 
     def _admit(self, waiter: _Waiter) -> bool:
         """Try to give a waiter its route; True takes it out of the line (also with an error)."""

@@ -178,6 +178,9 @@ class Coordinator:
             # The client left before it could be given anything to cancel.
             await run.cancel()
             raise
+        if run.turned_away:
+            await run.cancel()
+            raise self._queue_full()
         return run
 
     # -- Hub, for sequences ------------------------------------------------------------------------------------------
@@ -256,10 +259,15 @@ class Coordinator:
                 f"The prompt has {len(request.prompt)} tokens, more than the KV cache of any pipeline of this cluster.",
             )  # fmt: skip
         if self.admission.full:
-            raise Refused(
-                429, "rate_limit_exceeded",
-                f"{self.admission.waiting} requests are waiting already; try again later.", retry_after_s=2.0,
-            )  # fmt: skip
+            raise self._queue_full()
+
+    def _queue_full(self) -> Refused:
+        return Refused(
+            429, "rate_limit_exceeded",
+            f"There is no room for this request now, and no place in the queue, which holds {self.options.queue}; "
+            "try again later.",
+            retry_after_s=2.0,
+        )  # fmt: skip
 
     def _masks(self) -> tuple[Collection[NodeId], Collection[tuple[NodeId, NodeId]]]:
         nodes = self.epochs.unready_nodes() | self.fleet.unusable_nodes()

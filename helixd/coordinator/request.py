@@ -12,6 +12,7 @@ from helixd import logs
 from helixd.coordinator.generation import Delta, Event, Failed, GenerationRequest, PromptScored
 from helixd.coordinator.sequence import PipelineLost, SequenceRun
 from helixd.errors import NoRoute
+from helixd.route.admission import QueueFull
 
 log = logging.getLogger(__name__)
 
@@ -50,16 +51,26 @@ class RequestRun:
         """The task that runs this request."""
         self._task = task
 
+    @property
+    def turned_away(self) -> bool:
+        """Whether a choice found neither room nor a place in line."""
+        return any(sequence.turned_away for sequence in self.sequences)
+
     async def wait_routed(self, at_most_s: float) -> None:
-        """Until the first choice has a route, the request is over, or `at_most_s` have passed."""
+        """Until no choice is turned away any more and the first has a route, the request is over, or `at_most_s`."""
         assert self._task is not None
         try:
             async with asyncio.timeout(at_most_s), asyncio.TaskGroup() as waiting:
-                routed = waiting.create_task(self.sequences[0].routed.wait(), name="first route")
+                routed = waiting.create_task(self._routed(), name="first route")
                 await asyncio.wait({routed, self._task}, return_when=asyncio.FIRST_COMPLETED)
                 routed.cancel()
         except TimeoutError:
             return
+
+    async def _routed(self) -> None:
+        for sequence in self.sequences:
+            await sequence.considered.wait()
+        await self.sequences[0].routed.wait()
 
     async def emit(self, event: Event) -> None:
         """Queue an event of a choice, after the prompt's scores where those are wanted."""
@@ -82,6 +93,8 @@ class RequestRun:
                     choices.create_task(sequence.run(), name=f"sequence {sequence.id}")
         except* (NoRoute, PipelineLost) as errors:
             failure = Failed("pipeline_lost", str(_first(errors)))
+        except* QueueFull as errors:
+            failure = Failed("rate_limit_exceeded", str(_first(errors)))
         except* TimeoutError:
             failure = self._given_up or Failed(
                 "timeout", f"the request did not finish within {self.request.deadline_s:g} s"

@@ -82,7 +82,7 @@ class Hub(Protocol):
     """What a sequence needs of the coordinator."""
 
     async def acquire(self, run: "SequenceRun") -> Lease:
-        """A reserved route, waiting in line if need be. Raises NoRoute when there will be none.
+        """A reserved route, waiting in line if need be. Raises NoRoute when there will be none, QueueFull.
 
         `run.begin(lease)` is called at the moment of the grant: the route may break before the waiter gets to run.
         """
@@ -124,6 +124,8 @@ class SequenceRun:
         self.attempts = 0
         self.migrations = 0
         self.last_break = ""
+        self.considered = asyncio.Event()
+        self.turned_away = False
         self.routed = asyncio.Event()
         self.order = 0
         self.max_tokens = max_tokens
@@ -168,7 +170,7 @@ class SequenceRun:
             self._give_back()
 
     async def run(self) -> None:
-        """Generate until the choice is finished. Raises PipelineLost or NoRoute."""
+        """Generate until the choice is finished. Raises PipelineLost, NoRoute or QueueFull."""
         if self._scores is not None and not self._scores_missing:
             await self._emit(PromptScored(tuple(self._scores)))
         while self._unfinished:

@@ -6,6 +6,7 @@ Encoding is CPU work without a bound: call it off the event loop for long texts.
 """
 
 import codecs
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +20,9 @@ from helixd.model.token_bytes import TokenDecoder
 
 _NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _MAX_CHAR_TOKENS = 4
+
+# The library's own threads: one text gains nothing from them, and a process that has them cannot fork quietly.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class Tokenizer:
@@ -94,7 +98,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the text is not valid Unicode at character {error.start}") from error
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # A batch of one: unlike `encode` it lets other threads, and with them the event loop, run meanwhile.
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of the ids, invalid UTF-8 as U+FFFD. Ids without a token have no text."""

@@ -73,6 +73,16 @@ async def test_paths_and_methods_that_do_not_exist(session: aiohttp.ClientSessio
             assert response.headers["Allow"] == "POST"
         async with session.delete(world.url + "/healthz") as response:
             await error_of(response, 405, "method_not_allowed")
+            assert response.headers["Allow"] == "GET, HEAD"
+
+
+async def test_what_can_be_got_can_be_asked_for_without_its_body(session: aiohttp.ClientSession) -> None:
+    async with api_world() as world:
+        for path in ("/healthz", "/readyz", "/v1/models", f"/v1/models/{MODEL}", "/metrics"):
+            async with session.get(world.url + path) as whole, session.head(world.url + path) as response:
+                assert response.status == whole.status == 200
+                assert response.headers["Content-Type"] == whole.headers["Content-Type"]
+                assert await response.read() == b""
 
 
 async def test_bodies_that_are_not_json_objects(session: aiohttp.ClientSession) -> None:
@@ -153,6 +163,8 @@ async def test_what_is_not_http_gets_an_error_in_shape_and_no_log_of_it(
         head, _, body = (await raw_exchange(world, data)).partition(b"\r\n\r\n")
         assert head.startswith((b"HTTP/1.1 400 ", b"HTTP/1.0 400 "))
         assert b"x-request-id" in head.lower()
+        assert b"server: helixd" in head.lower()
+        assert b"aiohttp" not in head
         validate_error(json.loads(body))
     for secret in ("sesame", "garbage", "aaaa"):
         assert secret not in logged(caplog)
@@ -192,8 +204,12 @@ KEYED = ApiOptions(key_digests=frozenset({digest_of("sesame")}))
 
 
 def paths_and_methods() -> list[tuple[str, str]]:
+    """Of every route; HEAD goes with GET and is left out."""
     app = create_app(FakeService(), TextTools(ByteTokenizer(), LineTemplate()), ApiOptions())
-    return [(route.method, route.resource.canonical) for route in app.router.routes() if route.resource is not None]
+    routes = [(route.method, route.resource.canonical) for route in app.router.routes() if route.resource is not None]
+    heads = {path for method, path in routes if method == "HEAD"}
+    assert heads == {path for method, path in routes if method == "GET"}
+    return [(method, path) for method, path in routes if method != "HEAD"]
 
 
 async def test_every_route_but_health_wants_a_key(session: aiohttp.ClientSession) -> None:
@@ -208,6 +224,8 @@ async def test_every_route_but_health_wants_a_key(session: aiohttp.ClientSession
                 else:
                     await error_of(response, 401, "invalid_api_key")
                     assert response.headers["WWW-Authenticate"] == "Bearer"
+        async with session.head(world.url + "/v1/models") as response:
+            assert response.status == 401
         key = {"Authorization": "bearer sesame"}
         async with session.get(world.url + "/v1/models", headers=key) as response:
             assert response.status == 200
@@ -337,11 +355,15 @@ async def test_text_to_ids_and_back(session: aiohttp.ClientSession) -> None:
         assert chat["token_strs"] is None
         chat = await post("/tokenize", messages=HI["messages"], add_generation_prompt=False)
         assert bytes(chat["tokens"]) == b"user: hi\n"
+        await post("/tokenize", messages=HI["messages"], chat_template_kwargs={"enable_thinking": False})
+        assert world.template.seen[-1][1] == {"enable_thinking": False}
         for path, body, param in (
             ("/tokenize", {}, "prompt"),
             ("/tokenize", {"prompt": "x", "messages": HI["messages"]}, "prompt"),
             ("/tokenize", {"prompt": 3}, "prompt"),
             ("/tokenize", {"prompt": "x", "model": "other"}, "model"),
+            ("/tokenize", {"messages": HI["messages"], "tools": [{"type": "function"}]}, "tools"),
+            ("/tokenize", {"messages": HI["messages"], "chat_template_kwargs": {"os": 1}}, "chat_template_kwargs"),
             ("/detokenize", {}, "tokens"),
             ("/detokenize", {"tokens": [256]}, "tokens"),
             ("/detokenize", {"tokens": [True]}, "tokens"),

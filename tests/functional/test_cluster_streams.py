@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from helixd.coordinator.generation import Refused
 from helixd.coordinator.planning import ModelSizes, PlanningOptions
 from helixd.engine.engine import PAGE_TOKENS
 from helixd.model.config import load_config
@@ -82,6 +83,22 @@ async def test_little_kv_preempts_and_everybody_still_finishes_exactly(checkpoin
         for number, outcome in enumerate(outcomes):
             assert outcome.tokens == alone[number % 2].tokens
         assert sum(outcome.retries for outcome in outcomes) > 0
+        await made.settled()
+
+
+async def test_a_request_beyond_the_queue_is_refused_whole_and_leaves_nothing(checkpoint: Path) -> None:
+    """KV for four sequences, of which some is kept free, and a queue of one: four choices get in, eight do not."""
+    sizes = ModelSizes.of(load_config(checkpoint), "float32")
+    room = sizes.weights_of(range(6)) + 4 * PAGE_TOKENS * 6 * sizes.kv_bytes_per_token_layer
+    async with cluster(checkpoint, {"a": room}, queue=1) as made:
+        await made.serve({"a": (0, 6)})
+        with pytest.raises(Refused) as refused:
+            await made.ask(SHORT[0], 20, n=8)
+        assert (refused.value.status, refused.value.code) == (429, "rate_limit_exceeded")
+        await made.settled()
+        outcome = await made.ask(SHORT[0], 20, n=4)
+        assert outcome.failed is None
+        assert len(outcome.choices) == 4
         await made.settled()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jsonschema
 import msgspec
 
-from helixd.api.fields import CHAT_FIELDS, COMPLETION_FIELDS, Field
+from helixd.api.fields import CHAT_FIELDS, COMPLETION_FIELDS, DETOKENIZE_FIELDS, TOKENIZE_FIELDS, Field
 from helixd.api.openapi import description
 from helixd.api.options import ApiOptions
 
@@ -31,10 +31,12 @@ def test_the_tables_of_fields_are_the_parsers() -> None:
     both = documented("### Both endpoints")
     assert both | documented("### Chat only") == treatments(CHAT_FIELDS)
     assert both | documented("### Completions only") == treatments(COMPLETION_FIELDS)
+    assert documented("### `/tokenize`") == treatments(TOKENIZE_FIELDS)
+    assert documented("### `/detokenize`") == treatments(DETOKENIZE_FIELDS)
 
 
 def test_the_values_said_to_be_taken_are() -> None:
-    for field in (*CHAT_FIELDS, *COMPLETION_FIELDS):
+    for field in (*CHAT_FIELDS, *COMPLETION_FIELDS, *TOKENIZE_FIELDS):
         if field.treatment != "refused":
             continue
         [note] = set(re.findall(rf"^\| `{field.name}` \| refused \| ?(.*?) ?\|$", DOCS, re.MULTILINE))
@@ -44,7 +46,7 @@ def test_the_values_said_to_be_taken_are() -> None:
 
 
 def test_every_template_scalar_is_listed() -> None:
-    [row] = re.findall(r"^\| `chat_template_kwargs` .*$", DOCS, re.MULTILINE)
+    row, *_ = re.findall(r"^\| `chat_template_kwargs` .*$", DOCS, re.MULTILINE)
     assert set(re.findall(r"`(\w+)`", row)[1:]) == ApiOptions().template_scalars
 
 

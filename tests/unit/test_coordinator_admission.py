@@ -17,6 +17,7 @@ from helixd.ids import Epoch, NodeId, SequenceId
 from helixd.layers import LayerRange
 from helixd.plan.plan import Hop, Plan
 from helixd.plan.spec import COORDINATOR
+from helixd.route.admission import QueueFull
 from helixd.route.router import Router
 
 A, B = NodeId("a"), NodeId("b")
@@ -48,6 +49,8 @@ class Run:
     attempts: int = 0
     text: Text = field(default_factory=Text)
     lease: Lease | None = None
+    considered: asyncio.Event = field(default_factory=asyncio.Event)
+    turned_away: bool = False
     told: list[Broken] = field(default_factory=list)
 
     @property
@@ -171,6 +174,39 @@ async def test_the_queue_counts_as_full_on_both_sides_of_its_limit() -> None:
         made.ask(Run(3))
         await made.granted()
         assert made.admission.full
+
+
+async def test_what_comes_at_once_and_finds_no_room_is_turned_away_beyond_the_limit() -> None:
+    async with desk({A: 2 * PAGE}, queue=2) as made:
+        runs = [Run(n, prompt=PAGE - 1) for n in range(6)]
+        for run in runs:
+            made.ask(run)
+        # One has a route, two may wait; the others hear of it at once.
+        assert await made.granted() == [0, 3, 4, 5]
+        assert all(run.considered.is_set() for run in runs)
+        assert [run.order for run in runs if run.turned_away] == [3, 4, 5]
+        for order in (3, 4, 5):
+            with pytest.raises(QueueFull, match="2 are waiting"):
+                made.waiters.pop(order).result()
+        assert made.admission.waiting == 2
+        for run in runs[:2]:
+            made.free(run)
+            await made.granted()
+        assert await made.granted() == [0, 1, 2]
+
+
+async def test_no_queue_at_all_still_serves_what_has_room() -> None:
+    async with desk({A: 2 * PAGE}, queue=0) as made:
+        assert not made.admission.full
+        holder = Run(1, prompt=PAGE - 1)
+        await made.ask(holder)
+        with pytest.raises(QueueFull):
+            await made.ask(Run(2, prompt=PAGE - 1))
+        moved = made.ask(Run(3, prompt=PAGE - 1, attempts=1))
+        await made.granted()
+        assert not moved.done()
+        made.free(holder)
+        await moved
 
 
 async def test_what_no_pipeline_can_serve_is_told_so_after_the_wait() -> None:

@@ -33,6 +33,8 @@ class Choice:
     id: SequenceId = SequenceId(1)  # noqa: RUF009
     lease: Lease | None = LEASE
     attempts: int = 1
+    considered: asyncio.Event = field(default_factory=asyncio.Event)
+    turned_away: bool = False
     routed: asyncio.Event = field(default_factory=asyncio.Event)
     ended: str = ""
 
@@ -177,6 +179,7 @@ async def test_waiting_for_the_route_ends_with_the_route_the_request_or_the_time
     run, (choice,) = request_of(lambda emit: asyncio.sleep(60))
     run.bind(asyncio.create_task(run.run()))
     await run.wait_routed(0.01)
+    choice.considered.set()
     choice.routed.set()
     async with asyncio.timeout(5):
         await run.wait_routed(60)
@@ -185,6 +188,22 @@ async def test_waiting_for_the_route_ends_with_the_route_the_request_or_the_time
     over.bind(asyncio.create_task(over.run()))
     async with asyncio.timeout(5):
         await over.wait_routed(60)
+
+
+async def test_the_first_choices_route_is_not_enough_while_another_may_be_turned_away() -> None:
+    run, choices = request_of(*[lambda emit: asyncio.sleep(60)] * 2)
+    run.bind(asyncio.create_task(run.run()))
+    choices[0].considered.set()
+    choices[0].routed.set()
+    waiting = asyncio.create_task(run.wait_routed(60))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    choices[1].turned_away = True
+    choices[1].considered.set()
+    async with asyncio.timeout(5):
+        await waiting
+    assert run.turned_away
+    await run.cancel()
 
 
 async def test_giving_up_ends_it_with_the_reason_given_first() -> None:

@@ -1,5 +1,6 @@
 import json
 import random
+import threading
 
 import pytest
 import tokenizers
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from helixd.errors import ModelError
+from helixd.model.checkpoint import resolve_model
 from helixd.model.token_bytes import TokenDecoder
 from helixd.model.tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -291,3 +293,22 @@ def test_random_ids_of_the_whole_vocabulary_stream_like_they_decode(loaded):
         for _ in range(50):
             ids = [rng.randrange(tokenizer.vocab_size + 5) for _ in range(40)]
             assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_other_threads_run_while_a_long_text_is_encoded():
+    tokenizer = Tokenizer.load(resolve_model("demo"))
+    begun, ended = threading.Event(), threading.Event()
+
+    def work():
+        begun.set()
+        tokenizer.encode("some words " * 50_000)
+        ended.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    begun.wait()
+    turns = 0
+    while not ended.wait(0.001):
+        turns += 1
+    thread.join()
+    assert turns > 5

@@ -1,0 +1,49 @@
+"""From a parsed call to generation requests: what is tokenised, and what is refused before all of it is."""
+
+import pytest
+
+from helixd.api.completion_request import parse_completion
+from helixd.api.errors import ApiError
+from helixd.api.options import ApiOptions
+from helixd.api.prepare import HEAD_CHARACTERS_PER_TOKEN, prepare_completion
+from helixd.api.sampling_fields import Target
+from helixd.api.text import TextTools
+from tests.functional.api_world import ByteTokenizer
+
+CONTEXT_TOKENS = 10
+TARGET = Target("tiny", vocab_size=256, context_tokens=CONTEXT_TOKENS)
+OPTIONS = ApiOptions()
+HEAD = HEAD_CHARACTERS_PER_TOKEN * CONTEXT_TOKENS
+
+
+class Counting(ByteTokenizer):
+    """Knows how much it was asked to read; a dot is no token."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        self.read += len(text)
+        return super().encode(text.replace(".", ""))
+
+
+def prepare(prompt: str, tokenizer: Counting) -> tuple[int, ...]:
+    call = parse_completion({"model": "tiny", "prompt": prompt, "max_tokens": 1}, OPTIONS, TARGET)
+    return prepare_completion(call, TextTools(tokenizer, None), OPTIONS, TARGET, "cmpl-1", "").requests[0].prompt
+
+
+def test_a_text_that_is_far_too_long_is_refused_by_its_head() -> None:
+    tokenizer = Counting()
+    with pytest.raises(ApiError) as caught:
+        prepare("x" * 1_000_000, tokenizer)
+    assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+    assert f"more than {HEAD} for the prompt" in caught.value.message
+    assert tokenizer.read == HEAD
+
+
+def test_a_text_of_few_tokens_is_read_to_its_end_however_long() -> None:
+    tokenizer = Counting()
+    assert prepare("." * 2 * HEAD + "x" * (CONTEXT_TOKENS - 1), tokenizer) == (ord("x"),) * (CONTEXT_TOKENS - 1)
+    with pytest.raises(ApiError) as caught:
+        prepare("." * 2 * HEAD + "x" * CONTEXT_TOKENS, tokenizer)
+    assert f"needs {CONTEXT_TOKENS} for the prompt" in caught.value.message
