@@ -201,7 +201,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_flag_names_a_key_that_exists() -> None:
     dotted = {".".join(path) for path in SCHEMA.keys}
     flags = [action for action in cli.build_parser()._actions if "." in action.dest or action.dest == "role"]
-    assert len(flags) == 10
+    assert len(flags) == 12
     assert {action.dest for action in flags} <= dotted
 
 
