@@ -70,7 +70,7 @@ def _summary(found: Report) -> RenderableType:
         lines.append(_line("to load", text))
     lines.append(_line("search", f"{plan.solve_s:.1f} s, {plan.method}"))
     if found.cut_off is not None:
-        lines.append(_line("broken off", f"{found.cut_off}; this is the best plan from before", style="yellow"))
+        lines.append(_line("broken off", f"{found.cut_off}; this is the best found until then", style="yellow"))
     return Group(*lines)
 
 

@@ -18,7 +18,7 @@ import msgspec
 from helixd.plan.baselines import baseline_plan
 from helixd.plan.frontier import frontier
 from helixd.plan.holding import Holding
-from helixd.plan.judge import current_plan
+from helixd.plan.judge import current_plan, in_force
 from helixd.plan.plan import Infeasible, Plan, Progress
 from helixd.plan.planner import plan_cluster
 from helixd.solver.job import (
@@ -29,6 +29,7 @@ from helixd.solver.job import (
     Doing,
     Failed,
     Found,
+    InForce,
     Job,
     Refused,
     Unconstrained,
@@ -72,6 +73,8 @@ class _Worker:
     def run(self) -> None:
         """Everything that was asked for, the plan first. Raises Infeasible if there is no plan."""
         job = self._job
+        if job.in_force is not None:
+            self.say(InForce(in_force(Holding(job.spec), job.in_force)))
         if (plan := self._at_once()) is not None:
             self.say(Found(plan, final=False))
         self.say(Found(self._search("plan", job.survive), final=True))
