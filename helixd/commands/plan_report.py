@@ -69,6 +69,7 @@ class Report:
     alone: tuple[NodeId, Prediction] | None
     rows: tuple[NodeRow, ...]
     compared: tuple[PlanRow, ...]
+    in_force: Plan | None
     unconstrained: Plan | None
     frontier: tuple[FrontierPoint, ...]
     cut_off: str | None
@@ -111,6 +112,7 @@ def report(spec: ClusterSpec, outcome: Outcome, *, objective: str, seed: int) ->
         alone=_alone(holding, flows),
         rows=tuple(_row(holding, flows, plan, node, knows_current) for node in spec.nodes),
         compared=_compared(plan, outcome),
+        in_force=outcome.in_force,
         unconstrained=outcome.unconstrained,
         frontier=outcome.depths,
         cut_off=outcome.cut_off,
