@@ -169,7 +169,8 @@ def _footnotes(found: Report) -> list[str]:
     notes = []
     if any(row.estimated for row in found.rows):
         notes.append(
-            "~ estimated from the vendor's datasheet, not measured: off by a fifth at the middle, by a factor of two at worst"
+            "~ estimated from the vendor's datasheet, not measured: off by a fifth at the middle, "
+            "by a factor of two at worst"
         )
     if found.prediction is None:
         notes.append("no prediction of output tokens/s: the file has no layer times for some node in use")

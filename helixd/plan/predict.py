@@ -272,7 +272,7 @@ def _visits(nodes: list[NodeSpec], used: Mapping[NodeId, float], flow: Flow) -> 
                 Curve(profile.decode_layer_time_s, from_one=True), Curve(profile.prompt_layer_time_s)
             )  # fmt: skip
         facts = (flow.through[node.id] / flow.value, used[node.id], min(1.0, bunched[node.id]))
-        share, layers, apart = (round(fact, _KEPT_DIGITS) for fact in facts)
+        share, layers, apart = map(_near, facts)
         key = (id(profile), share, layers, apart)
         groups[key] = groups.get(key, 0) + 1
     return [
@@ -287,9 +287,14 @@ def _hops(spec: ClusterSpec, flow: Flow) -> list[_Hop]:
     for edge, carried in flow.edges.items():
         link = links[edge]
         size = spec.model.token_bytes if COORDINATOR in edge else spec.model.activation_bytes
-        key = (round(carried / flow.value, _KEPT_DIGITS), link.latency_s, size / link.bandwidth_bytes_per_s)
+        key = (_near(carried / flow.value), link.latency_s, size / link.bandwidth_bytes_per_s)
         groups[key] = groups.get(key, 0) + 1
     return [_Hop(*key, count) for key, count in groups.items()]
+
+
+def _near(value: float) -> float:
+    """A value without the last digits, in which equal nodes differ; small values keep their size."""
+    return float(f"{value:.{_KEPT_DIGITS}g}")
 
 
 def _requests_kept(

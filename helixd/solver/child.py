@@ -35,8 +35,8 @@ from helixd.solver.job import (
     Unconstrained,
 )
 
-# Rules that take milliseconds: what they place is there if the search dies.
-_AT_ONCE = ("swarm", "petals")
+# Rules that take less than a second, in clusters of up to so many nodes: what they place is there if the search dies.
+_AT_ONCE = {"swarm": 400, "petals": 100}
 _PROGRESS_S = 0.1
 
 
@@ -105,7 +105,9 @@ class _Worker:
     def _at_once(self) -> Plan | None:
         """The best of what nodes hold now and of what quick rules place; None where none of them serves."""
         plans = [current_plan(Holding(self._job.spec))]
-        for name in _AT_ONCE:
+        for name, most in _AT_ONCE.items():
+            if len(self._job.spec.nodes) > most:
+                continue
             try:
                 plan = baseline_plan(name, self._job.spec, seed=self._job.seed)
             except Infeasible:

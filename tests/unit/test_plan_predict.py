@@ -8,7 +8,7 @@ from helixd.plan.clusterfile import parse_cluster
 from helixd.plan.flow import FlowModel
 from helixd.plan.holding import Holding
 from helixd.plan.predict import HELIXD, PAPER, Prediction, Rules, predict, stages
-from helixd.plan.spec import ClusterSpec, NodeSpec
+from helixd.plan.spec import COORDINATOR, ClusterSpec, NodeSpec
 from tests.unit.plan_worlds import cluster, full_mesh, node, ranges, shared_clusters
 
 SPLIT = {"n0": (0, 2), "n1": (2, 4)}
@@ -131,6 +131,22 @@ def test_a_round_takes_longer_under_load() -> None:
     found = predicted(cluster([timed("n0"), timed("n1")], 4), SPLIT)
     assert found.round_s >= found.unloaded_round_s > 0
     assert found.in_flight >= 1
+
+
+def test_an_edge_that_carries_almost_nothing_is_no_division_by_zero() -> None:
+    spec = cluster([timed("n0"), timed("n1"), timed("n2")], 4)
+    placement = ranges({"n0": (0, 2), "n1": (2, 4), "n2": (2, 4)})
+    flow = FlowModel(spec).solve(placement)
+    n0, n1, n2 = (NodeId(name) for name in ("n0", "n1", "n2"))
+    little = flow.value * 1e-9
+    edges = {
+        (COORDINATOR, n0): flow.value, (n0, n1): flow.value - little, (n1, COORDINATOR): flow.value - little,
+        (n0, n2): little, (n2, COORDINATOR): little,
+    }  # fmt: skip
+    through = {n0: flow.value, n1: flow.value - little, n2: little}
+    found = predict(Holding(spec), placement, replace(flow, edges=edges, through=through))
+    assert found is not None
+    assert found.decode_tokens_per_s > 0
 
 
 def test_unknown_layer_times_give_no_prediction() -> None:
