@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 TOKEN_BYTES = 4
 IN_PROCESS_BYTES_PER_S = 10e9
+# Planning never takes the processor from serving.
+NICE = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,7 @@ async def run_planner(
     Raises Infeasible, or PlannerFailed (crash, time, memory, nonsense, and nothing found before).
     """
     held = None if in_force is None else dict(in_force)
-    outcome = await solve(Job(spec, time_limit_s=options.time_limit_s, in_force=held))
+    outcome = await solve(Job(spec, time_limit_s=options.time_limit_s, in_force=held, nice=NICE))
     assert outcome.plan is not None
     if outcome.cut_off is not None:
         logs.event(log, logging.WARNING, "planner_cut_off", reason=outcome.cut_off, method=outcome.plan.method)

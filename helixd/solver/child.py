@@ -1,8 +1,7 @@
 """The planner's own process: a Job on stdin, answers as JSON lines on stdout. `python -m helixd.solver.child`.
 
-Niced, so that planning never takes the processor from serving; bounded in memory and time by the system itself, so
-that a search gone wrong ends without harm. Its answers are the only thing on its stdout, whatever the solver's library
-has to say. Ctrl-C is its parent's to act on.
+Bounded in memory and time by the system itself, so that a search gone wrong ends without harm. Its answers are the
+only thing on its stdout, whatever the solver's library has to say. Ctrl-C is its parent's to act on.
 """
 
 import math
@@ -43,9 +42,9 @@ _PROGRESS_S = 0.1
 def main() -> int:
     """Answer one job."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(5)
     out = _own_stdout()
     job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    os.nice(job.nice)
     _limit(job)
     worker = _Worker(job, out)
     try:

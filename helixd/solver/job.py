@@ -21,7 +21,7 @@ class Job(msgspec.Struct, frozen=True):
 
     `objective`, `seed`, `survive`: see `helixd.plan.planner.plan_cluster`. `price`: also the plan without `survive`.
     `baselines`: names of `helixd.plan.baselines`. `frontier`: also flow against depth. `in_force`: a placement to be
-    judged as well, on the cluster as it is now.
+    judged as well, on the cluster as it is now. `nice`: how far the process stands back behind others.
     """
 
     spec: ClusterSpec
@@ -33,6 +33,7 @@ class Job(msgspec.Struct, frozen=True):
     baselines: tuple[str, ...] = ()
     frontier: bool = False
     in_force: dict[NodeId, LayerRange] | None = None
+    nice: int = 0
     memory_bytes: int | None = DEFAULT_MEMORY_BYTES
 
     @property
