@@ -8,9 +8,9 @@ time in flight; the largest rate that satisfies this, and that no node and no li
 T(j) is not a limit here: it is what a node carries at the batches its KV room gives at one assumed load (see
 `helixd.plan.profile`), and nodes do run faster where batches are larger. Links and NICs are limits.
 
-Rules of serving come in as `Rules`. The weights of bunching and of the tightest node were chosen on twelve placements of
-the published clusters, where the figure is within 25 % of an event model of helixd's rules and ranks them the same. It
-is rougher for the paper's rules: there it misplaces the published Helix plans of single24 and heterogeneous42.
+Rules of serving come in as `Rules`. The weights of bunching and of the tightest node were chosen on twelve placements
+of the published clusters, where the figure is within 25 % of an event model of helixd's rules and ranks them the same.
+It is rougher for the paper's rules: there it misplaces the published Helix plans of single24 and heterogeneous42.
 """
 
 import math
