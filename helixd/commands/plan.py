@@ -19,9 +19,12 @@ from helixd.commands.plan_report import Report, report
 from helixd.commands.progress import Progress
 from helixd.config.units import parse_duration_s
 from helixd.exits import Exit
+from helixd.ids import NodeId
+from helixd.layers import LayerRange
 from helixd.plan.baselines import BASELINES
 from helixd.plan.plan import Infeasible
 from helixd.plan.planner import OBJECTIVES
+from helixd.plan.spec import ClusterSpec
 from helixd.solver.job import Job
 from helixd.solver.process import Outcome, PlannerFailed, solve
 
@@ -132,6 +135,7 @@ def _plan(arguments: argparse.Namespace) -> Report:
         price=arguments.survive == 1,
         baselines=tuple(BASELINES) if arguments.compare else (),
         frontier=arguments.frontier,
+        in_force=_held_now(spec),
     )
     try:
         outcome = asyncio.run(_solve(job, sys.stderr))
@@ -140,6 +144,11 @@ def _plan(arguments: argparse.Namespace) -> Report:
     except PlannerFailed as error:
         raise CommandFailed(str(error), Exit.INTERNAL) from error
     return report(spec, outcome, objective=arguments.objective, seed=arguments.seed)
+
+
+def _held_now(spec: ClusterSpec) -> dict[NodeId, LayerRange] | None:
+    held = {node.id: node.current_range for node in spec.nodes if node.current_range is not None}
+    return held or None
 
 
 async def _solve(job: Job, stderr: TextIO) -> Outcome:

@@ -31,6 +31,7 @@ def plan_json(found: Report) -> str:
             },
             "nodes": {row.id: _node(row) for row in found.rows},
             "load_bytes": found.load_bytes,
+            "as_it_is": _figures(found.in_force) if found.in_force else None,
             "alone": {"node": found.alone[0], **_prediction_facts(found.alone[1])} if found.alone else None,
             "without_survival": _figures(found.unconstrained) if found.unconstrained else None,
             "compared": {row.name: _row(row) for row in found.compared} or None,

@@ -9,6 +9,7 @@ from helixd.plan.holding import Holding
 from helixd.plan.plan import Plan
 from helixd.plan.predict import Prediction, predict, stages
 from helixd.plan.spec import COORDINATOR, ClusterSpec, NodeSpec
+from helixd.plan.survival import survives_one_loss
 from helixd.plan.undominated import FrontierPoint
 from helixd.solver.process import Outcome
 
@@ -69,6 +70,7 @@ class Report:
     alone: tuple[NodeId, Prediction] | None
     rows: tuple[NodeRow, ...]
     compared: tuple[PlanRow, ...]
+    in_force: Plan | None
     unconstrained: Plan | None
     frontier: tuple[FrontierPoint, ...]
     cut_off: str | None
@@ -98,7 +100,7 @@ def report(spec: ClusterSpec, outcome: Outcome, *, objective: str, seed: int) ->
     plan = outcome.plan
     holding = Holding(spec)
     flows = FlowModel(spec)
-    flow = flows.solve(plan.placement)
+    flow = _flow(plan)
     knows_current = any(node.current_range is not None for node in spec.nodes)
     return Report(
         spec=spec,
@@ -106,22 +108,25 @@ def report(spec: ClusterSpec, outcome: Outcome, *, objective: str, seed: int) ->
         seed=seed,
         plan=plan,
         stages=stages(flow),
-        survives=survives(flows, plan, flow),
+        survives=survives_one_loss(flows, plan.placement),
         prediction=predict(holding, plan.placement, flow),
         alone=_alone(holding, flows),
         rows=tuple(_row(holding, flows, plan, node, knows_current) for node in spec.nodes),
         compared=_compared(plan, outcome),
+        in_force=outcome.in_force,
         unconstrained=outcome.unconstrained,
         frontier=outcome.depths,
         cut_off=outcome.cut_off,
     )
 
 
-def survives(flows: FlowModel, plan: Plan, flow: Flow) -> bool:
-    """Whether some pipeline is left whichever one node is lost."""
-    return all(
-        flows.value({node: held for node, held in plan.placement.items() if node != lost}) > 0 for lost in flow.through
-    )
+def _flow(plan: Plan) -> Flow:
+    """The flow that the plan's schedules are, without its cut."""
+    edges = {(src, hop.node): hop.flow_tokens_per_s for src, hops in plan.schedule.items() for hop in hops}
+    through = {
+        src: sum(hop.flow_tokens_per_s for hop in hops) for src, hops in plan.schedule.items() if src != COORDINATOR
+    }
+    return Flow(plan.max_flow_tokens_per_s, edges, through, frozenset(), frozenset())
 
 
 def _row(holding: Holding, flows: FlowModel, plan: Plan, node: NodeSpec, knows_current: bool) -> NodeRow:
@@ -177,14 +182,8 @@ def _alone(holding: Holding, flows: FlowModel) -> tuple[NodeId, Prediction] | No
 def _compared(plan: Plan, outcome: Outcome) -> tuple[PlanRow, ...]:
     if not outcome.compared:
         return ()
-    rows = [PlanRow("helixd", plan, plan_stages(plan))]
+    rows = [PlanRow("helixd", plan, stages(_flow(plan)))]
     for found in outcome.compared:
-        rows.append(PlanRow(found.name, found.plan, plan_stages(found.plan) if found.plan else None, found.reason))
+        depth = stages(_flow(found.plan)) if found.plan else None
+        rows.append(PlanRow(found.name, found.plan, depth, found.reason))
     return tuple(rows)
-
-
-def plan_stages(plan: Plan) -> float:
-    """Nodes that a token crosses, weighted by flow, from the plan's own schedules."""
-    hops = [hop for found in plan.schedule.values() for hop in found]
-    leaves = sum(hop.flow_tokens_per_s for hop in hops if hop.node == COORDINATOR)
-    return sum(hop.flow_tokens_per_s for hop in hops if hop.node != COORDINATOR) / leaves if leaves > 0 else 0.0

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from helixd.commands.plan_report import NodeRow, PlanRow, Report
+from helixd.plan.adopt import gain
 from helixd.plan.baselines import BASELINES
 from helixd.plan.predict import Prediction
 from helixd.plan.spec import COORDINATOR
@@ -62,6 +63,8 @@ def _summary(found: Report) -> RenderableType:
                 "alone", f"{node} by itself: {figure(alone.decode_tokens_per_s)} tokens/s, one request {_rate(alone)}"
             )
         )
+    if found.in_force is not None:
+        lines.append(_line("as it is", _as_it_is(found)))
     if found.load_bytes is not None:
         moved = [row for row in found.rows if row.load_bytes]
         text = (
@@ -70,7 +73,7 @@ def _summary(found: Report) -> RenderableType:
         lines.append(_line("to load", text))
     lines.append(_line("search", f"{plan.solve_s:.1f} s, {plan.method}"))
     if found.cut_off is not None:
-        lines.append(_line("broken off", f"{found.cut_off}; this is the best plan from before", style="yellow"))
+        lines.append(_line("broken off", f"{found.cut_off}; this is the best found until then", style="yellow"))
     return Group(*lines)
 
 
@@ -104,6 +107,15 @@ def _price(found: Report) -> str:
         text += f" and {figure(free.predicted_decode_tokens_per_s)} output tokens/s"
         lost += f", {1 - plan.predicted_decode_tokens_per_s / free.predicted_decode_tokens_per_s:.0%} of the output"
     return f"{text}: it costs {lost}"
+
+
+def _as_it_is(found: Report) -> str:
+    now = found.in_force
+    assert now is not None
+    served = now.predicted_decode_tokens_per_s
+    text = f"{figure(now.max_flow_tokens_per_s)} tokens/s of flow"
+    text += f", {figure(served)} output tokens/s" if served is not None else ""
+    return f"{text}; this plan is {gain(now, found.plan)}"
 
 
 def _nodes(found: Report) -> Table:
@@ -156,7 +168,10 @@ def _hops(row: NodeRow) -> str:
 def _footnotes(found: Report) -> list[str]:
     notes = []
     if any(row.estimated for row in found.rows):
-        notes.append("~ estimated from the vendor's datasheet, not measured: expect to be off by a third or more")
+        notes.append(
+            "~ estimated from the vendor's datasheet, not measured: off by a fifth at the middle, "
+            "by a factor of two at worst"
+        )
     if found.prediction is None:
         notes.append("no prediction of output tokens/s: the file has no layer times for some node in use")
     return notes

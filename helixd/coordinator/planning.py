@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 TOKEN_BYTES = 4
 IN_PROCESS_BYTES_PER_S = 10e9
+# Planning never takes the processor from serving.
+NICE = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +134,17 @@ def _links(fleet: Fleet, nodes: list[Node]) -> list[LinkSpec]:
     return links
 
 
-async def run_planner(spec: ClusterSpec, options: PlanningOptions) -> Plan:
+async def run_planner(
+    spec: ClusterSpec, options: PlanningOptions, in_force: Mapping[NodeId, LayerRange] | None = None
+) -> tuple[Plan, Plan | None]:
     """Plan in a child process. A search that broke off gives the best plan it had.
 
+    The second plan is the placement `in_force` as it is worth on this cluster; None if no pipeline is left of it.
     Raises Infeasible, or PlannerFailed (crash, time, memory, nonsense, and nothing found before).
     """
-    outcome = await solve(Job(spec, time_limit_s=options.time_limit_s))
+    held = None if in_force is None else dict(in_force)
+    outcome = await solve(Job(spec, time_limit_s=options.time_limit_s, in_force=held, nice=NICE))
     assert outcome.plan is not None
     if outcome.cut_off is not None:
         logs.event(log, logging.WARNING, "planner_cut_off", reason=outcome.cut_off, method=outcome.plan.method)
-    return outcome.plan
+    return outcome.plan, outcome.in_force

@@ -16,9 +16,8 @@ from helixd.coordinator.epochs import Epochs
 from helixd.coordinator.fleet import Fleet
 from helixd.coordinator.planning import ModelSizes, PlanningOptions, build_spec, run_planner
 from helixd.ids import NodeId
-from helixd.plan.flow import FlowModel
+from helixd.plan.adopt import gain
 from helixd.plan.plan import Infeasible, Plan
-from helixd.plan.spec import ClusterSpec
 from helixd.solver.process import PlannerFailed
 
 log = logging.getLogger(__name__)
@@ -55,6 +54,7 @@ class Replanner:
         self._options = options
         self._changed = asyncio.Event()
         self._last_move_s: float | None = None
+        self._later: asyncio.TimerHandle | None = None
 
     def something_changed(self) -> None:
         """Membership, measurements or links are not what they were."""
@@ -81,7 +81,7 @@ class Replanner:
 
     async def _plan(self) -> None:
         try:
-            spec, plan = await self._solve()
+            plan, kept = await self._solve()
         except Infeasible as error:
             self.why_no_plan, self.infeasible = str(error), True
             logs.event(log, logging.WARNING, "no_placement", reason=str(error))
@@ -93,7 +93,7 @@ class Replanner:
             self._changed.set()
             return
         self.infeasible = False
-        reason = self._why_adopt(spec, plan)
+        reason = self._why_adopt(plan, kept)
         if reason is not None:
             logs.event(
                 log, logging.INFO, "plan_adopted", reason=reason, method=plan.method, solve_s=round(plan.solve_s, 3),
@@ -114,36 +114,49 @@ class Replanner:
         about_held = {node: text for node, text in (kept.plan.explanations or {}).items() if node in held}
         return about_held | {node: text for node, text in {**said, **unused}.items() if node not in held}
 
-    async def _solve(self) -> tuple[ClusterSpec, Plan]:
-        """Plan with the KV room the operator wants; where that fits nowhere, with as little as can serve."""
+    async def _solve(self) -> tuple[Plan, Plan | None]:
+        """The new plan, and the one in force as it is worth now.
+
+        With the KV room the operator wants; where that fits nowhere, with as little as can serve.
+        """
         holding = self._epochs.holding()
+        now = self._epochs.coming or self._epochs.active
+        placement = None if now is None else now.plan.placement
         spec = build_spec(self._fleet, self._model_name, self._sizes, self._planning, holding)
         try:
-            return spec, await run_planner(spec, self._planning)
+            return await run_planner(spec, self._planning, placement)
         except Infeasible:
             tight = replace(self._planning, kv_fraction=0.0)
             spec = build_spec(self._fleet, self._model_name, self._sizes, tight, holding)
-            return spec, await run_planner(spec, tight)
+            return await run_planner(spec, tight, placement)
 
-    def _why_adopt(self, spec: ClusterSpec, plan: Plan) -> str | None:
+    def _why_adopt(self, plan: Plan, kept: Plan | None) -> str | None:
+        """The reason to switch to `plan`; None to stay with `kept`, which is what is in force as it is worth now."""
         now_in_force = self._epochs.coming or self._epochs.active
         if now_in_force is None:
             return "first"
-        usable = {node.id for node in spec.nodes}
-        current = {n: r for n, r in now_in_force.plan.placement.items() if n in usable}
-        if current == dict(plan.placement):
+        usable = {node.id for node in self._fleet.ready_nodes()}
+        if {n: r for n, r in now_in_force.plan.placement.items() if n in usable} == dict(plan.placement):
             return None
         if self._epochs.coming is None and not self._admission.has_pipeline() and self._has_failed_or_lost():
             return "the pipeline is lost"
-        flows = FlowModel(spec)
-        kept = flows.value(current)
-        if kept <= 0:
+        if kept is None:
             return "the pipeline is lost"
-        gain = flows.value(plan.placement) / kept - 1
-        cooling = self._last_move_s is not None and time.monotonic() - self._last_move_s < self._options.cooldown_s
-        if gain >= self._options.gain and not cooling:
-            return f"{gain:.0%} more flow"
-        return None
+        found = gain(kept, plan)
+        if found.share < self._options.gain:
+            return None
+        if self._last_move_s is not None:
+            cool_s = self._last_move_s + self._options.cooldown_s - time.monotonic()
+            if cool_s > 0:
+                self._again(cool_s)
+                return None
+        return str(found)
+
+    def _again(self, in_s: float) -> None:
+        """Plan again then, even if nothing changes until then."""
+        if self._later is not None:
+            self._later.cancel()
+        self._later = asyncio.get_running_loop().call_later(in_s, self._changed.set)
 
     def _has_failed_or_lost(self) -> bool:
         active = self._epochs.active

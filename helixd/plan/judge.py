@@ -21,13 +21,14 @@ def judged(
     prediction: Prediction | None = None,
     bound: float | None = None,
     solve_s: float = 0.0,
+    check: bool = True,
 ) -> Plan:
     """The plan that `placement` makes. `flow` and `prediction` where they are already known.
 
-    Raises Infeasible if a node may not hold its range or nothing flows.
+    Raises Infeasible if nothing flows, or (`check`) if a node may not hold its range.
     """
     for node, held in placement.items():
-        if not holding.allows(node, held):
+        if check and not holding.allows(node, held):
             raise Infeasible(f"node {node} may not hold {held}: its memory or its pins do not allow it")
     if flow is None:
         flow = FlowModel(holding.spec).solve(placement)
@@ -49,10 +50,23 @@ def judged(
 
 
 def current_plan(holding: Holding) -> Plan | None:
-    """What the nodes hold now, as a plan of the cluster as it is now; None if no pipeline is left of it."""
+    """What the nodes hold now, as far as they may, as a plan of the cluster now; None if no pipeline is left of it."""
     placement = {node.id: node.current_range for node in holding.spec.nodes if node.current_range is not None}
-    placement = {node: held for node, held in placement.items() if holding.allows(node, held)}
+    return in_force(holding, {node: held for node, held in placement.items() if holding.allows(node, held)})
+
+
+def in_force(holding: Holding, placement: Mapping[NodeId, LayerRange]) -> Plan | None:
+    """A placement made for the cluster as it was, judged on the cluster as it is; None if no pipeline is left of it.
+
+    Pins and memory limits are not held against it: it is there.
+    """
+    known = {node.id: node for node in holding.spec.nodes}
+    left = {
+        node: held
+        for node, held in placement.items()
+        if node in known and len(held) <= len(known[node].profile.throughput_tokens_per_s)
+    }
     try:
-        return judged(holding, placement, method="as it is") if placement else None
+        return judged(holding, left, method="in force", check=False)
     except Infeasible:
         return None

@@ -1,8 +1,7 @@
 """The planner's own process: a Job on stdin, answers as JSON lines on stdout. `python -m helixd.solver.child`.
 
-Niced, so that planning never takes the processor from serving; bounded in memory and time by the system itself, so
-that a search gone wrong ends without harm. Its answers are the only thing on its stdout, whatever the solver's library
-has to say. Ctrl-C is its parent's to act on.
+Bounded in memory and time by the system itself, so that a search gone wrong ends without harm. Its answers are the
+only thing on its stdout, whatever the solver's library has to say. Ctrl-C is its parent's to act on.
 """
 
 import math
@@ -17,7 +16,7 @@ import msgspec
 
 from helixd.plan.baselines import baseline_plan
 from helixd.plan.holding import Holding
-from helixd.plan.judge import current_plan
+from helixd.plan.judge import current_plan, in_force
 from helixd.plan.plan import Infeasible, Plan, Progress
 from helixd.plan.planner import plan_cluster
 from helixd.plan.undominated import frontier
@@ -29,22 +28,23 @@ from helixd.solver.job import (
     Doing,
     Failed,
     Found,
+    InForce,
     Job,
     Refused,
     Unconstrained,
 )
 
-# Rules that take milliseconds: what they place is there if the search dies.
-_AT_ONCE = ("swarm", "petals")
+# Rules that take less than a second, in clusters of up to so many nodes: what they place is there if the search dies.
+_AT_ONCE = {"swarm": 400, "petals": 100}
 _PROGRESS_S = 0.1
 
 
 def main() -> int:
     """Answer one job."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(5)
     out = _own_stdout()
     job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    os.nice(job.nice)
     _limit(job)
     worker = _Worker(job, out)
     try:
@@ -72,6 +72,8 @@ class _Worker:
     def run(self) -> None:
         """Everything that was asked for, the plan first. Raises Infeasible if there is no plan."""
         job = self._job
+        if job.in_force is not None:
+            self.say(InForce(in_force(Holding(job.spec), job.in_force)))
         if (plan := self._at_once()) is not None:
             self.say(Found(plan, final=False))
         self.say(Found(self._search("plan", job.survive), final=True))
@@ -102,7 +104,9 @@ class _Worker:
     def _at_once(self) -> Plan | None:
         """The best of what nodes hold now and of what quick rules place; None where none of them serves."""
         plans = [current_plan(Holding(self._job.spec))]
-        for name in _AT_ONCE:
+        for name, most in _AT_ONCE.items():
+            if len(self._job.spec.nodes) > most:
+                continue
             try:
                 plan = baseline_plan(name, self._job.spec, seed=self._job.seed)
             except Infeasible:

@@ -5,20 +5,23 @@ Every answer stands for itself, so that whoever reads has the best plan so far w
 
 import msgspec
 
+from helixd.ids import NodeId
+from helixd.layers import LayerRange
 from helixd.plan.plan import Plan
 from helixd.plan.spec import ClusterSpec
 from helixd.plan.undominated import FrontierPoint
 
 DEFAULT_MEMORY_BYTES = 4 << 30
 # The process ends by itself so long after its time, if nobody kills it.
-OVERTIME_S = 15.0
+OVERTIME_S = 30.0
 
 
 class Job(msgspec.Struct, frozen=True):
     """A cluster to plan, within `time_limit_s` for each plan asked for, and `memory_bytes` of address space.
 
     `objective`, `seed`, `survive`: see `helixd.plan.planner.plan_cluster`. `price`: also the plan without `survive`.
-    `baselines`: names of `helixd.plan.baselines`. `frontier`: also flow against depth.
+    `baselines`: names of `helixd.plan.baselines`. `frontier`: also flow against depth. `in_force`: a placement to be
+    judged as well, on the cluster as it is now. `nice`: how far the process stands back behind others.
     """
 
     spec: ClusterSpec
@@ -29,6 +32,8 @@ class Job(msgspec.Struct, frozen=True):
     price: bool = False
     baselines: tuple[str, ...] = ()
     frontier: bool = False
+    in_force: dict[NodeId, LayerRange] | None = None
+    nice: int = 0
     memory_bytes: int | None = DEFAULT_MEMORY_BYTES
 
     @property
@@ -56,6 +61,12 @@ class Found(Answer, frozen=True, tag=True):
 
     plan: Plan
     final: bool
+
+
+class InForce(Answer, frozen=True, tag=True):
+    """What the placement in force is worth now; None if no pipeline is left of it."""
+
+    plan: Plan | None
 
 
 class Unconstrained(Answer, frozen=True, tag=True):
@@ -90,4 +101,4 @@ class Failed(Answer, frozen=True, tag=True):
     reason: str
 
 
-AnyAnswer = Doing | Found | Unconstrained | Compared | Depths | Refused | Failed
+AnyAnswer = Doing | InForce | Found | Unconstrained | Compared | Depths | Refused | Failed

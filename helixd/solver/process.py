@@ -15,9 +15,9 @@ import msgspec
 from helixd.errors import HelixError
 from helixd.plan.plan import Infeasible, Plan
 from helixd.plan.undominated import FrontierPoint
-from helixd.solver.job import AnyAnswer, Compared, Depths, Doing, Failed, Found, Job, Refused, Unconstrained
+from helixd.solver.job import AnyAnswer, Compared, Depths, Doing, Failed, Found, InForce, Job, Refused, Unconstrained
 
-GRACE_S = 10.0
+GRACE_S = 20.0
 MAX_LINE_BYTES = 64 << 20
 COMMAND = (sys.executable, "-m", "helixd.solver.child")
 
@@ -34,10 +34,21 @@ class Outcome:
 
     plan: Plan | None = None
     final: bool = False
+    in_force: Plan | None = None
     unconstrained: Plan | None = None
     compared: list[Compared] = field(default_factory=list)
     depths: tuple[FrontierPoint, ...] = ()
+    depths_known: bool = False
     cut_off: str | None = None
+
+    def complete(self, job: Job) -> bool:
+        """Whether everything that was asked for is there."""
+        return (
+            self.final
+            and (self.unconstrained is not None or not job.price)
+            and len(self.compared) == len(job.baselines)
+            and (self.depths_known or not job.frontier)
+        )
 
 
 async def solve(job: Job, *, on_progress: Callable[[Doing], None] | None = None) -> Outcome:
@@ -54,11 +65,13 @@ async def solve(job: Job, *, on_progress: Callable[[Doing], None] | None = None)
     try:
         async with asyncio.timeout(limit_s):
             await _converse(child, job, outcome, on_progress)
-            status = await child.wait()
+            # What is left to do when everything is there is none of anybody's business.
+            status = 0 if outcome.complete(job) else await child.wait()
         if status != 0 and outcome.cut_off is None:
             outcome.cut_off = f"the planner's process ended with status {status}"
     except TimeoutError:
-        outcome.cut_off = f"the planner's process was not done within {limit_s:g} s"
+        if not outcome.complete(job):
+            outcome.cut_off = f"the planner's process was not done within {limit_s:g} s"
     finally:
         if child.returncode is None:
             child.kill()
@@ -80,7 +93,7 @@ async def _converse(
         child.stdin.write(msgspec.json.encode(job))
         await child.stdin.drain()
         child.stdin.close()
-    while True:
+    while not outcome.complete(job):
         try:
             line = await child.stdout.readline()
             if not line:
@@ -95,15 +108,17 @@ async def _converse(
                     on_progress(answer)
             case Found(plan, final):
                 outcome.plan, outcome.final = plan, final
+            case InForce(plan):
+                outcome.in_force = plan
             case Unconstrained(plan):
                 outcome.unconstrained = plan
             case Compared():
                 outcome.compared.append(answer)
             case Depths(points):
-                outcome.depths = points
+                outcome.depths, outcome.depths_known = points, True
             case Refused(reason):
-                # Said of the whole cluster, or of the extra plan after the one that counts.
                 if not outcome.final:
                     raise Infeasible(reason)
+                outcome.cut_off = reason
             case Failed(reason):
                 outcome.cut_off = reason

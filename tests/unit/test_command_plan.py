@@ -19,6 +19,8 @@ from helixd import cli
 from helixd.commands import plan as command
 from helixd.exits import Exit
 from helixd.plan.baselines import BASELINES, baseline_plan
+from helixd.plan.holding import Holding
+from helixd.plan.judge import in_force
 from helixd.plan.plan import Infeasible
 from helixd.plan.planner import plan_cluster
 from helixd.plan.undominated import frontier
@@ -91,6 +93,8 @@ async def in_process(job: Job, *, on_progress: Callable[[Doing], None] | None = 
             outcome.compared.append(Compared(name, baseline_plan(name, job.spec)))
         except Infeasible as error:
             outcome.compared.append(Compared(name, None, str(error)))
+    if job.in_force is not None:
+        outcome.in_force = in_force(Holding(job.spec), job.in_force)
     if job.frontier:
         outcome.depths = frontier(job.spec, time_limit_s=0.5)
     return outcome
@@ -163,6 +167,7 @@ def test_what_it_prints_is_what_current_reads(home: Path, tmp_path: Path, capsys
     assert cli.main(["plan", str(home), "--json", "--current", str(plan)]) == Exit.OK
     again = json.loads(capsys.readouterr().out)
     assert again["load_bytes"] == 0
+    assert again["as_it_is"]["max_flow_tokens_per_s"] == pytest.approx(again["max_flow_tokens_per_s"])
     # One node held something else: what it lacks is to be loaded.
     held = json.loads(plan.read_text())
     held["placement"]["gone"] = [0, 4]

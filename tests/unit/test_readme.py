@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from helixd.cli import build_parser
+from helixd.cli import build_parser, main
+from helixd.commands.plan import build_parser as build_plan_parser
 from helixd.config import ConfigErrors, load
 from helixd.config.load import SCHEMA
+from helixd.exits import Exit
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,7 +30,7 @@ def commands() -> list[list[str]]:
 
 
 def test_helixd_command_lines_parse() -> None:
-    lines = [words for words in commands() if words[0] == "helixd"]
+    lines = [words for words in commands() if words[0] == "helixd" and words[1:2] != ["plan"]]
     assert len(lines) >= 6
     for words in lines:
         arguments = build_parser().parse_args(words[1:])
@@ -36,8 +38,23 @@ def test_helixd_command_lines_parse() -> None:
             assert tuple(assignment.split("=")[0].split(".")) in SCHEMA.keys
 
 
+def test_plans_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (file,) = (text for text in blocks("toml") if "helixd-cluster/1" in text)
+    (tmp_path / "lab.toml").write_text(file, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    lines = [words[1:] for words in commands() if words[:2] == ["helixd", "plan"]]
+    assert len(lines) == 3
+    for words in lines:
+        assert main([*words, "--time-limit", "1"]) == Exit.OK
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    for text in ("lab: Qwen2.5-14B, 48 layers", "~RTX 4090", "other rules", "lab: demo", "any one node may be lost"):
+        assert text in printed.out
+
+
 def test_flags_in_the_text_exist() -> None:
-    flags = {option for action in build_parser()._actions for option in action.option_strings}
+    parsers = (build_parser(), build_plan_parser())
+    flags = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     for script in ("quickstart", "bench_serve.py"):
         flags |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / "scripts" / script).read_text(encoding="utf-8")))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT))
@@ -53,7 +70,7 @@ def test_files_named_exist() -> None:
 
 
 def test_configuration_files_have_known_keys_and_values(tmp_path: Path) -> None:
-    files = blocks("toml")
+    files = [text for text in blocks("toml") if "helixd-cluster/" not in text]
     assert len(files) == 2
     secret = tmp_path / "cluster.secret"
     secret.write_text("s" * 40)

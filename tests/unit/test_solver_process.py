@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,15 +166,22 @@ def test_cancelling_kills_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path:
         os.kill(int(pidfile.read_text()), 0)
 
 
+def ignores(pid: int, number: int) -> bool:
+    text = Path(f"/proc/{pid}/status").read_text()
+    (mask,) = (line.split()[1] for line in text.splitlines() if line.startswith("SigIgn"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells which signals a process ignores")
 def test_ctrl_c_is_the_parents_to_act_on() -> None:
     child = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with child:
         assert child.stdin is not None
         child.stdin.write(msgspec.json.encode(job())[:1])
         child.stdin.flush()
-        # It has not read all of its job yet: wait until it has set itself up, which its niceness shows.
-        while os.getpriority(os.PRIO_PROCESS, child.pid) == os.getpriority(os.PRIO_PROCESS, 0):
-            pass
+        # It has not read all of its job yet: wait until it has set itself up.
+        while not ignores(child.pid, signal.SIGINT):
+            time.sleep(0.02)
         child.send_signal(signal.SIGINT)
         child.stdin.write(msgspec.json.encode(job())[1:])
         out, err = child.communicate(timeout=60)

@@ -1,0 +1,135 @@
+"""When a new plan is adopted: never for little, never too soon, always when nothing else serves."""
+
+import asyncio
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from helixd.coordinator import replanning
+from helixd.coordinator.planning import ModelSizes, PlanningOptions
+from helixd.coordinator.replanning import Replanner, ReplanOptions
+from helixd.ids import NodeId
+from helixd.layers import LayerRange
+from helixd.plan.plan import Infeasible, Plan
+from helixd.solver.process import PlannerFailed
+from tests.unit.plan_worlds import ranges
+
+HERE = ranges({"a": (0, 4), "b": (4, 8)})
+THERE = ranges({"a": (0, 3), "b": (3, 8)})
+
+
+def plan(placement: Mapping[NodeId, LayerRange], flow: float, decode: float | None = None) -> Plan:
+    return Plan(8, placement, {}, flow, predicted_decode_tokens_per_s=decode, explanations={})
+
+
+class World:
+    """A replanner among stand-ins: `answer` is what the planner says next."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: float) -> None:
+        self.pushed: list[Plan] = []
+        self.active: Any = None
+        self.answer: Any = None
+        self.asked: list[Any] = []
+        self.pipeline = True
+        nodes = {NodeId(name): SimpleNamespace(id=NodeId(name)) for name in ("a", "b")}
+        fleet: Any = SimpleNamespace(nodes=nodes, ready_nodes=lambda: iter(nodes.values()))
+        admission: Any = SimpleNamespace(something_changed=lambda: None, has_pipeline=lambda: self.pipeline)
+        world = self
+
+        class Epochs:
+            coming = None
+
+            @property
+            def active(self) -> Any:
+                return world.active
+
+            def holding(self) -> dict[NodeId, LayerRange]:
+                return {}
+
+            def push(self, plan: Plan) -> None:
+                world.pushed.append(plan)
+                world.active = SimpleNamespace(plan=plan, states={})
+
+        async def answer(spec: object, planning: object, in_force: object) -> Any:
+            self.asked.append(in_force)
+            if isinstance(self.answer, Exception):
+                raise self.answer
+            return self.answer
+
+        monkeypatch.setattr(replanning, "run_planner", answer)
+        monkeypatch.setattr(replanning, "build_spec", lambda *a: None)
+        sizes = ModelSizes(1, 0, 0, 1, 1, 8)
+        epochs: Any = Epochs()
+        self.replanner = Replanner(
+            fleet, epochs, admission, "m", sizes, PlanningOptions(), ReplanOptions(settle_s=0.0, **options)
+        )  # fmt: skip
+
+    async def replan(self) -> None:
+        await self.replanner._plan()
+
+
+async def test_the_first_plan_is_taken_and_the_same_one_is_not_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, cooldown_s=0.0)
+    world.answer = (plan(HERE, 100, 10), None)
+    await world.replan()
+    assert len(world.pushed) == 1
+    await world.replan()
+    assert len(world.pushed) == 1
+    # What is in force is judged along with the search.
+    assert world.asked == [None, HERE]
+
+
+@pytest.mark.parametrize(
+    ("kept", "new", "moves"),
+    [
+        (plan(HERE, 100, 10), plan(THERE, 100, 11), True),
+        (plan(HERE, 100, 10), plan(THERE, 100, 10.9), False),
+        # Flow is not what people see.
+        (plan(HERE, 100, 10), plan(THERE, 300, 10), False),
+        (plan(HERE, 100, 10), plan(THERE, 90, 12), True),
+        (plan(HERE, 100), plan(THERE, 111), True),
+        (plan(HERE, 100), plan(THERE, 105), False),
+        # No pipeline is left of it.
+        (None, plan(THERE, 5, 1), True),
+    ],
+)
+async def test_layers_move_for_a_gain_in_output(
+    kept: Plan | None, new: Plan, moves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(monkeypatch, cooldown_s=0.0)
+    world.answer = (plan(HERE, 100, 10), None)
+    await world.replan()
+    world.answer = (new, kept)
+    await world.replan()
+    assert len(world.pushed) == 1 + moves
+
+
+async def test_a_gain_that_comes_too_soon_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, cooldown_s=0.2)
+    world.answer = (plan(HERE, 100, 10), None)
+    running = asyncio.create_task(world.replanner.run(lambda: True))
+    world.replanner.something_changed()
+    async with asyncio.timeout(10):
+        while not world.pushed:
+            await asyncio.sleep(0.01)
+        world.answer = (plan(THERE, 100, 20), plan(HERE, 100, 10))
+        world.replanner.something_changed()
+        # Nothing else changes.
+        while len(world.pushed) < 2:
+            await asyncio.sleep(0.01)
+    assert len(world.asked) >= 3
+    running.cancel()
+
+
+async def test_a_planner_that_fails_or_finds_nothing_leaves_what_is_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, cooldown_s=0.0)
+    monkeypatch.setattr(replanning, "RETRY_S", 0.0)
+    world.answer = (plan(HERE, 100, 10), None)
+    await world.replan()
+    for error in (PlannerFailed("status -9"), Infeasible("needs 2 GiB, nodes offer 1 GiB")):
+        world.answer = error
+        await world.replan()
+        assert world.replanner.why_no_plan == str(error)
+    assert [found.placement for found in world.pushed] == [HERE]
