@@ -44,6 +44,7 @@ _FLOWS_PER_S = 300
 _COVER_MOVES_PER_S = 4_000
 _FIRST_MOVES = 8_000
 _MORE_MOVES = 40_000
+_HOPELESS = 0.3
 _DEEPER = 3
 _POLISHING_MOVES = 6_000
 # Bounds are proven to so much above what is reached.
@@ -106,6 +107,7 @@ class Search:
         self._reported = (0.0, float("inf"))
         self._best_method = ""
         self._podded = False
+        self._exact = False
         self.bound = capacity_bound(holding)
 
     def run(self) -> list[Candidate]:
@@ -115,7 +117,10 @@ class Search:
             placement, proven = exact
             self._add(placement, "exhaustive")
             if proven:
-                self._tighten(self._flows.value(placement))
+                self._exact = True
+                self._tighten(self._best())
+                if not self._frontier or not placement:
+                    return list(self._found.values())
         if not self._pinned and not self._brief:
             self._plant_pods()
         unfinished: list[tuple[float, _Structure]] = []
@@ -308,7 +313,7 @@ class Search:
             # Those that have had their turn come last.
             promising = promising[_DEEPER:] + promising[:_DEEPER]
 
-    def _arrange(self, structure: _Structure, moves: int, seed: int, *, evaluations: int = 300) -> tuple[float, float]:
+    def _arrange(self, structure: _Structure, moves: int, seed: int, *, evaluations: int = 200) -> tuple[float, float]:
         """Arrange one structure; returns the energy left and the true flow."""
         stages: dict[LayerRange, list[NodeId]] = {}
         for node, held in structure.placement.items():
@@ -320,7 +325,8 @@ class Search:
         if not placement:
             return left, 0.0
         flow = self._flows.value(placement)
-        if flow < structure.goal * (1 - 1e-6):
+        # Where much is missing, moving single nodes will not make up for it.
+        if flow < structure.goal * (1 - 1e-6) and (left <= _HOPELESS * structure.goal or self._small):
             placement, flow = improve(
                 self._holding, self._flows, placement, evaluations=evaluations, goal=structure.goal,
                 seed=seed, out_of_time=self._out_of_time,
@@ -358,7 +364,10 @@ class Search:
         if not placement:
             return
         if repair and self._flows.value(placement) < self.bound * (1 - 1e-6):
-            evaluations = 1500 if self._small else int(self._effort_s * _FLOWS_PER_S)
+            evaluations = int(self._effort_s * _FLOWS_PER_S)
+            if self._small:
+                # With the most flow known, what is looked for is only other ways to serve.
+                evaluations = 150 if self._exact else 1500
             placement, _ = improve(
                 self._holding, self._flows, placement, evaluations=evaluations, goal=self.bound, seed=self._seed,
                 out_of_time=self._out_of_time,
