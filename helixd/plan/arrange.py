@@ -18,6 +18,11 @@ from helixd.plan.spec import COORDINATOR
 
 # A stage wider than this is judged by a bound on what its links carry, not exactly.
 _EXACT_WIDTH = 6
+# Shares of the moves: that change the order, that start beside a gap, that are not tried with a node of another kind.
+_ORDER, _FOCUS, _ALIKE = 0.5, 0.6, 0.8
+# The temperature at first, as a share of the wanted flow, and at the end, as a share of that. What counts is to stay
+# near a few hundredths of the flow for long: warmer than that nothing is found, colder nothing is left again.
+_WARM, _COLD = 0.05, 0.3
 
 Members = tuple[NodeId, ...]
 
@@ -37,18 +42,20 @@ class Arrangement:
         self._nodes = {node.id: node for node in holding.spec.nodes}
         self._carries: dict[tuple[int, Members, int, Members], float] = {}
         self._capacity: dict[tuple[NodeId, int], float] = {}
+        self._kind = {node: (spec.profile.type, spec.profile.max_layers) for node, spec in self._nodes.items()}
+        self._gaps: list[float] = []
+        self._change = 0.0
 
     def anneal(self, moves: int, *, seed: int = 0, out_of_time: Callable[[], bool] = lambda: False) -> float:
         """Rearrange; returns the energy left (0: every neighbourhood carries the wanted flow)."""
         random = Random(seed)  # noqa: S311
-        energy = sum(self._gap(at) for at in range(len(self._order) + 1)) + sum(
-            self._lack(stage) for stage in self._order
-        )
+        self._gaps = [self._gap(at) for at in range(len(self._order) + 1)]
+        energy = sum(self._gaps) + sum(self._lack(stage) for stage in self._order)
         best, kept = energy, self._snapshot()
         for move in range(moves):
             if best <= 1e-9 * self._flow or (move % 256 == 0 and out_of_time()):
                 break
-            warmth = self._flow * 0.15 * 0.02 ** (move / moves)
+            warmth = self._flow * _WARM * _COLD ** (move / moves)
             change = self._try_move(random, warmth)
             energy += change
             if energy < best - 1e-9:
@@ -76,19 +83,29 @@ class Arrangement:
         """Make one random move if it helps, or by chance; the energy's change."""
         count = len(self._order)
         kind = random.random()
-        if count > 1 and kind < 0.35:
-            first, length = random.randrange(count), 1 + (random.random() < 0.3) + (random.random() < 0.1)
+        if count > 1 and kind < _ORDER * 0.7:
+            first, length = self._place(random), 1 + (random.random() < 0.3) + (random.random() < 0.1)
             to = random.randrange(count)
             segment = self._order[first : first + length]
             rest = self._order[:first] + self._order[first + length :]
             order = rest[:to] + segment + rest[to:]
             return self._reorder(order, random, warmth)
-        if count > 1 and kind < 0.5:
-            a, b = random.randrange(count), random.randrange(count)
+        if count > 1 and kind < _ORDER:
+            a, b = self._place(random), random.randrange(count)
             order = list(self._order)
             order[a], order[b] = order[b], order[a]
             return self._reorder(order, random, warmth)
         return self._trade(random, warmth)
+
+    def _place(self, random: Random) -> int:
+        """The position of a stage: mostly one beside a gap, where something has to change."""
+        count = len(self._order)
+        if random.random() < _FOCUS:
+            gaps = [at for at, gap in enumerate(self._gaps) if gap > 0]
+            if gaps:
+                at = gaps[random.randrange(len(gaps))] - (random.random() < 0.5)
+                return min(max(at, 0), count - 1)
+        return random.randrange(count)
 
     def _reorder(self, order: list[int], random: Random, warmth: float) -> float:
         old = self._order
@@ -100,17 +117,15 @@ class Arrangement:
             for at in range(count + 1)
             if (at > 0 and order[at - 1] != old[at - 1]) or (at < count and order[at] != old[at])
         ]
-        before = sum(self._gap(at) for at in changed)
         self._order = order
-        change = sum(self._gap(at) for at in changed) - before
-        if _accept(change, warmth, random):
-            return change
+        if self._settle(changed, 0.0, warmth, random):
+            return self._change
         self._order = old
         return 0.0
 
     def _trade(self, random: Random, warmth: float) -> float:
         """Two nodes of different stages, or a used and a spare one, change places."""
-        at = random.randrange(len(self._order))
+        at = self._place(random)
         stage = self._order[at]
         mine = self._members[stage]
         i = random.randrange(len(mine))
@@ -124,19 +139,36 @@ class Arrangement:
             theirs = self._members[self._order[other_at]]
         j = random.randrange(len(theirs))
         a, b = mine[i], theirs[j]
+        # Of unlike nodes one is mostly too slow for the other's place.
+        if self._kind[a] != self._kind[b] and random.random() < _ALIKE:
+            like = [k for k, node in enumerate(theirs) if self._kind[node] == self._kind[a]]
+            if not like:
+                return 0.0
+            j = like[random.randrange(len(like))]
+            b = theirs[j]
         if not self._may_hold(b, self._lengths[stage]):
             return 0.0
         if other_at is not None and not self._may_hold(a, self._lengths[self._order[other_at]]):
             return 0.0
         gaps = {at, at + 1} | (set() if other_at is None else {other_at, other_at + 1})
         touched = [stage] if other_at is None else [stage, self._order[other_at]]
-        before = sum(self._gap(g) for g in gaps) + sum(self._lack(s) for s in touched)
+        lack = sum(self._lack(s) for s in touched)
         mine[i], theirs[j] = b, a
-        change = sum(self._gap(g) for g in gaps) + sum(self._lack(s) for s in touched) - before
-        if _accept(change, warmth, random):
-            return change
+        lack = sum(self._lack(s) for s in touched) - lack
+        if self._settle(sorted(gaps), lack, warmth, random):
+            return self._change
         mine[i], theirs[j] = a, b
         return 0.0
+
+    def _settle(self, places: Sequence[int], more: float, warmth: float, random: Random) -> bool:
+        """Whether the change made at these places stays; `more`: what it costs besides their gaps."""
+        new = [self._gap(at) for at in places]
+        self._change = sum(new) - sum(self._gaps[at] for at in places) + more
+        if not _accept(self._change, warmth, random):
+            return False
+        for at, gap in zip(places, new, strict=True):
+            self._gaps[at] = gap
+        return True
 
     def _may_hold(self, node: NodeId, layers: int) -> bool:
         return self._holding.min_layers(node) <= layers <= self._holding.max_layers(node)

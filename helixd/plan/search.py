@@ -32,17 +32,19 @@ LARGE = 60
 # Flows, as shares of the best cover, at which the fewest stages are looked for.
 _FRONTIER = (0.97, 0.94, 0.9, 0.85, 0.8, 0.72, 0.64, 0.56, 0.48, 0.4, 0.32, 0.25)
 # Shares at which stages are looked for that links, where they bind, may be able to feed.
-_LINKED = (0.97, 0.94, 0.9, 0.86, 0.82, 0.78, 0.74, 0.66, 0.58, 0.5)
+_LINKED = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.88, 0.86, 0.82, 0.78, 0.74, 0.66, 0.58, 0.5)
 # The same for large clusters, which have fewer of either.
 _THICK_FRONTIER = (0.93, 0.85, 0.75, 0.64, 0.5, 0.36, 0.25)
 _THICK_LINKED = (0.96, 0.88, 0.78, 0.66, 0.5)
 # Numbers of stages of several nodes that slow links between regions may need.
 _WIDE = (2, 3, 4, 6)
 # Per second of effort, with room to spare for the rest: annealing moves, flows and moves of the two local searches.
-_MOVES_PER_S = 9_000
+_MOVES_PER_S = 20_000
 _FLOWS_PER_S = 300
 _COVER_MOVES_PER_S = 4_000
 _FIRST_MOVES = 8_000
+_MORE_MOVES = 40_000
+_HOPELESS = 0.3
 _DEEPER = 3
 _POLISHING_MOVES = 6_000
 # Bounds are proven to so much above what is reached.
@@ -105,6 +107,7 @@ class Search:
         self._reported = (0.0, float("inf"))
         self._best_method = ""
         self._podded = False
+        self._exact = False
         self.bound = capacity_bound(holding)
 
     def run(self) -> list[Candidate]:
@@ -114,7 +117,10 @@ class Search:
             placement, proven = exact
             self._add(placement, "exhaustive")
             if proven:
-                self._tighten(self._flows.value(placement))
+                self._exact = True
+                self._tighten(self._best())
+                if not self._frontier or not placement:
+                    return list(self._found.values())
         if not self._pinned and not self._brief:
             self._plant_pods()
         unfinished: list[tuple[float, _Structure]] = []
@@ -293,19 +299,21 @@ class Search:
         return tried
 
     def _link_up_more(self, tried: list[tuple[float, _Structure]]) -> None:
-        """The promising ones again, with what effort is left."""
-        moves = int(self._effort_s * _MOVES_PER_S / _DEEPER)
-        flows = int(self._effort_s * _FLOWS_PER_S / _DEEPER)
-        best = self._best()
-        promising = sorted(
-            (e for e in tried if best * (1 + 1e-6) < e[1].goal <= self.bound * (1 + 1e-6)), key=lambda entry: entry[0]
-        )
-        for _, found in promising[:_DEEPER]:
-            if self._out_of_time():
-                return
-            self._arrange(found, moves, self._seed + 1, evaluations=flows)
+        """The promising ones again and again from other beginnings, with what effort is left."""
+        promising = [found for _, found in sorted(tried, key=lambda entry: entry[0])]
+        moves = int(self._effort_s * _MOVES_PER_S)
+        for again in range(1, 1 + moves // _MORE_MOVES):
+            best = self._best()
+            promising = [found for found in promising if best * (1 + 1e-6) < found.goal <= self.bound * (1 + 1e-6)]
+            for found in promising[:_DEEPER]:
+                moves -= _MORE_MOVES
+                if moves < 0 or self._out_of_time():
+                    return
+                self._arrange(found, _MORE_MOVES, self._seed + again)
+            # Those that have had their turn come last.
+            promising = promising[_DEEPER:] + promising[:_DEEPER]
 
-    def _arrange(self, structure: _Structure, moves: int, seed: int, *, evaluations: int = 300) -> tuple[float, float]:
+    def _arrange(self, structure: _Structure, moves: int, seed: int, *, evaluations: int = 200) -> tuple[float, float]:
         """Arrange one structure; returns the energy left and the true flow."""
         stages: dict[LayerRange, list[NodeId]] = {}
         for node, held in structure.placement.items():
@@ -317,7 +325,8 @@ class Search:
         if not placement:
             return left, 0.0
         flow = self._flows.value(placement)
-        if flow < structure.goal * (1 - 1e-6):
+        # Where much is missing, moving single nodes will not make up for it.
+        if flow < structure.goal * (1 - 1e-6) and (left <= _HOPELESS * structure.goal or self._small):
             placement, flow = improve(
                 self._holding, self._flows, placement, evaluations=evaluations, goal=structure.goal,
                 seed=seed, out_of_time=self._out_of_time,
@@ -355,7 +364,10 @@ class Search:
         if not placement:
             return
         if repair and self._flows.value(placement) < self.bound * (1 - 1e-6):
-            evaluations = 1500 if self._small else int(self._effort_s * _FLOWS_PER_S)
+            evaluations = int(self._effort_s * _FLOWS_PER_S)
+            if self._small:
+                # With the most flow known, what is looked for is only other ways to serve.
+                evaluations = 150 if self._exact else 1500
             placement, _ = improve(
                 self._holding, self._flows, placement, evaluations=evaluations, goal=self.bound, seed=self._seed,
                 out_of_time=self._out_of_time,
