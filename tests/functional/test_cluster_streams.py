@@ -102,6 +102,21 @@ async def test_a_request_beyond_the_queue_is_refused_whole_and_leaves_nothing(ch
         await made.settled()
 
 
+@pytest.mark.parametrize("max_tokens", [None, 500])
+async def test_a_sequence_ends_where_the_clusters_kv_does(checkpoint: Path, max_tokens: int | None) -> None:
+    sizes = ModelSizes.of(load_config(checkpoint), "float32")
+    room = sizes.weights_of(range(6)) + int(1.5 * PAGE_TOKENS) * 6 * sizes.kv_bytes_per_token_layer
+    async with cluster(checkpoint, {"a": room}) as made:
+        await made.serve({"a": (0, 6)})
+        outcome = await made.ask(SHORT[0], max_tokens)
+        assert outcome.choices[0].reason == "length"
+        assert len(SHORT[0]) + len(outcome.tokens) == PAGE_TOKENS
+        assert outcome.retries == 0
+        with pytest.raises(Refused, match="KV cache"):
+            await made.ask([1] * PAGE_TOKENS, 1)
+        await made.settled()
+
+
 async def test_choices_stop_strings_and_seeds(checkpoint: Path) -> None:
     async with cluster(checkpoint, {"a": ROOM, "b": ROOM, "c": ROOM}) as made:
         await made.serve(UNEQUAL)
