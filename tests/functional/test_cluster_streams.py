@@ -165,6 +165,23 @@ async def test_a_killed_worker_is_replaced_by_its_replica(checkpoint: Path) -> N
         await made.settled()
 
 
+async def test_a_worker_that_comes_and_goes_leaves_no_task_behind(checkpoint: Path) -> None:
+    def senders() -> list[str]:
+        return sorted(name for task in asyncio.all_tasks() if (name := task.get_name()).startswith("send to"))
+
+    async with cluster(checkpoint, {"a": ROOM, "b": ROOM}) as made:
+        await made.serve({"a": (0, 3), "b": (3, 6)})
+        before = senders()
+        for life in (2, 3):
+            await made.kill(made.units[-1])
+            await made.add_worker("b", ROOM, incarnation=life)
+            await made.joined(2)
+            async with asyncio.timeout(20):
+                while made.coordinator.epochs.unready_nodes():
+                    await asyncio.sleep(0.01)
+        assert senders() == before
+
+
 async def test_a_new_plan_moves_running_sequences_without_a_seam(checkpoint: Path) -> None:
     async with cluster(checkpoint, {"a": ROOM, "b": ROOM, "c": ROOM}) as made:
         await made.serve({"a": (0, 2), "b": (2, 4), "c": (4, 6)})
