@@ -1,15 +1,18 @@
 """The daemon: a configuration made into a running coordinator, worker, or both, until a signal ends it.
 
-The only place that knows every room. Builds the parts, starts them in one TaskGroup, drains on SIGTERM or SIGINT (a
-second one ends at once), and says with its exit status why it ended.
+The only place that knows every room; those that need torch are not entered where there is no worker. Builds the parts,
+starts them in one TaskGroup, drains on SIGTERM or SIGINT (a second one ends at once), and says with its exit status why
+it ended.
 """
 
 import asyncio
+import importlib
 import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING
 
 from helixd import logs
 from helixd.api.auth import load_keys
@@ -20,7 +23,7 @@ from helixd.config import Config
 from helixd.coordinator.coordinator import Coordinator, CoordinatorOptions, ServedModel
 from helixd.coordinator.planning import Pin, PlanningOptions
 from helixd.coordinator.replanning import ReplanOptions
-from helixd.errors import ConfigError, HelixError, ModelError
+from helixd.errors import ConfigError, HelixError, JoinRefused, ModelError
 from helixd.exits import Exit
 from helixd.ids import PeerId
 from helixd.model.checkpoint import Checkpoint, resolve_model
@@ -35,9 +38,9 @@ from helixd.wire.memory import connect_in_process
 from helixd.wire.options import WireOptions
 from helixd.wire.peers import PeerIdentity
 from helixd.wire.tuning import install_uvloop, tune_malloc
-from helixd.worker.devices import node_setups
-from helixd.worker.weights import LocalStore
-from helixd.worker.worker import JoinRefused, Worker, WorkerOptions
+
+if TYPE_CHECKING:
+    from helixd.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,8 @@ def run(config: Config) -> int:
     """Run until stopped; the exit status. Raises ConfigError and ModelError for what cannot start."""
     tune_malloc()
     install_uvloop()
+    if config.computes:
+        _import_torch()
     try:
         state = StateDir.open(config.node.state_dir, config.node.id)
     except StateError as error:
@@ -62,6 +67,18 @@ def run(config: Config) -> int:
         return asyncio.run(_main(config, state))
     finally:
         state.close()
+
+
+def _import_torch() -> None:
+    """Before the event loop runs, since it takes seconds. Ctrl-C meanwhile ends the process, without a trace."""
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        importlib.import_module("helixd.worker.worker")
+    finally:
+        if interruptible:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 async def _main(config: Config, state: StateDir) -> int:
@@ -176,6 +193,10 @@ class Daemon:
         self, state: StateDir, secret: bytes | None, checkpoint: Checkpoint | None, hub: Endpoint | None,
         tasks: asyncio.TaskGroup, stack: AsyncExitStack,
     ) -> None:  # fmt: skip
+        from helixd.worker.devices import node_setups
+        from helixd.worker.weights import LocalStore
+        from helixd.worker.worker import Worker, WorkerOptions
+
         config = self.config
         parts: list[Worker] = []
         # Inside a coordinator's process the worker is a peer of its own, linked without a socket.

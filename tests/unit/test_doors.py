@@ -1,6 +1,8 @@
 """The doors between the rooms: who may import whom, and what the pure rooms may not touch."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,13 @@ def test_no_file_outgrows_its_concept() -> None:
     for path in sources():
         lines = len(path.read_text(encoding="utf-8").splitlines())
         assert lines <= 400, f"{path.relative_to(ROOT)} has {lines} lines"
+
+
+def test_a_coordinator_alone_needs_no_torch() -> None:
+    """Torch costs seconds at the start and a quarter of a gigabyte."""
+    code = "import sys, helixd.daemon; print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert said.stdout == "False\n"
 
 
 def test_every_room_is_known_to_this_test() -> None:
