@@ -1,10 +1,12 @@
 """The daemon: a configuration made into a running coordinator, worker, or both, until a signal ends it.
 
-The only place that knows every room. Builds the parts, starts them in one TaskGroup, drains on SIGTERM or SIGINT (a
-second one ends at once), and says with its exit status why it ended.
+The only place that knows every room; those that need torch are not entered where there is no worker. Builds the parts,
+starts them in one TaskGroup, drains on SIGTERM or SIGINT (a second one ends at once), and says with its exit status why
+it ended.
 """
 
 import asyncio
+import importlib
 import logging
 import os
 import signal
@@ -24,7 +26,7 @@ from helixd.coordinator.replanning import ReplanOptions
 from helixd.emulation.cluster import PREFIX as EMULATED
 from helixd.emulation.cluster import emulated_device
 from helixd.emulation.links import ShapedLinks
-from helixd.errors import ConfigError, HelixError, ModelError
+from helixd.errors import ConfigError, HelixError, JoinRefused, ModelError
 from helixd.exits import Exit
 from helixd.ids import PeerId
 from helixd.model.checkpoint import Checkpoint, resolve_model
@@ -41,7 +43,7 @@ from helixd.wire.peers import PeerIdentity
 from helixd.wire.tuning import install_uvloop, tune_malloc
 from helixd.worker.backend import Backend, NodeSetup
 from helixd.worker.shaping import Shaping
-from helixd.worker.worker import JoinRefused, Worker, WorkerOptions
+from helixd.worker.worker import Worker, WorkerOptions
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ def run(config: Config) -> int:
     """Run until stopped; the exit status. Raises ConfigError and ModelError for what cannot start."""
     tune_malloc()
     install_uvloop()
+    if config.computes and not _emulated(config):
+        _import_torch()
     try:
         state = StateDir.open(config.node.state_dir, config.node.id)
     except StateError as error:
@@ -66,6 +70,18 @@ def run(config: Config) -> int:
         return asyncio.run(_main(config, state))
     finally:
         state.close()
+
+
+def _import_torch() -> None:
+    """Before the event loop runs, since it takes seconds. Ctrl-C meanwhile ends the process, without a trace."""
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        importlib.import_module("helixd.worker.torch_backend")
+    finally:
+        if interruptible:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 async def _main(config: Config, state: StateDir) -> int:
@@ -232,7 +248,7 @@ def _devices(
     torch is imported here, and only for devices that compute with it.
     """
     device, emulation = config.device, config.emulation
-    named = [name for name in device.devices if name.startswith(EMULATED)]
+    named = _emulated(config)
     if named:
         if len(device.devices) > 1:
             raise ConfigError(f"device.devices: {named[0]} is a worker of its own; start one process for each device")
@@ -247,6 +263,10 @@ def _devices(
 
     setups = node_setups(peer, device.devices, device.memory_bytes, device.threads)
     return setups, TorchBackend(LocalStore(checkpoint.index) if checkpoint is not None else None), None
+
+
+def _emulated(config: Config) -> list[str]:
+    return [name for name in config.device.devices if name.startswith(EMULATED)]
 
 
 async def _end(task: asyncio.Task[None]) -> None:

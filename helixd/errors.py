@@ -27,6 +27,10 @@ class PeerLost(HelixError):
         self.reason = reason
 
 
+class JoinRefused(HelixError):
+    """The coordinator does not want this worker as it is; coming back unchanged is useless: the daemon exits 77."""
+
+
 class OutOfKv(HelixError):
     """A node has no KV room for what was asked; the sequence must wait or go elsewhere.
 

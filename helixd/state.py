@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -26,7 +27,10 @@ class StateError(HelixError):
 
 
 class StateDir:
-    """An opened and locked state directory. `incarnation` is this life's, one above the last one's."""
+    """An opened and locked state directory. `incarnation` is this life's, one above the last one's.
+
+    Opening and closing wait for the disk; what is remembered in between is written by a thread of its own.
+    """
 
     def __init__(self, path: Path, lock: int, peer: PeerId, incarnation: Incarnation, epoch: Epoch) -> None:
         self.path = path
@@ -34,6 +38,7 @@ class StateDir:
         self.incarnation = incarnation
         self.epoch = epoch
         self._lock = lock
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="state")
 
     @classmethod
     def open(cls, path: Path, peer: str = "") -> Self:
@@ -59,16 +64,20 @@ class StateDir:
         return state
 
     def remember_epoch(self, epoch: Epoch) -> None:
-        """Epochs only rise, over lives too. A full disk costs the memory, not the service."""
+        """Epochs only rise, over lives too. A slow disk holds nobody up, a full one costs the memory only."""
         self.epoch = epoch
+        self._writer.submit(self._keep)
+
+    def close(self) -> None:
+        """Let another daemon use the directory, once everything is written."""
+        self._writer.shutdown()
+        os.close(self._lock)
+
+    def _keep(self) -> None:
         try:
             self._write()
         except StateError as error:
-            logs.event(log, logging.WARNING, "epoch_not_kept", epoch=epoch, reason=str(error))
-
-    def close(self) -> None:
-        """Let another daemon use the directory."""
-        os.close(self._lock)
+            logs.event(log, logging.WARNING, "epoch_not_kept", epoch=self.epoch, reason=str(error))
 
     def _write(self) -> None:
         partial = self.path / "identity.json.partial"

@@ -46,7 +46,14 @@ class Flight:
     """The generations of one HTTP request. Enter it, start them in a task group, leave it when the answer is sent."""
 
     def __init__(
-        self, service: Service, prepared: Prepared, metrics: ApiMetrics, *, request_id: str, path: str
+        self,
+        service: Service,
+        prepared: Prepared,
+        metrics: ApiMetrics,
+        *,
+        request_id: str,
+        path: str,
+        prompt_field: str,
     ) -> None:
         self.prepared = prepared
         self.admitted = asyncio.Event()
@@ -55,6 +62,7 @@ class Flight:
         self._metrics = metrics
         self._request_id = request_id
         self._path = path
+        self._prompt_field = prompt_field
         self._generations: dict[int, Generation] = {}
         self._started_at = time.monotonic()
         self._first_token_s: float | None = None
@@ -93,8 +101,14 @@ class Flight:
         return sum(generation.retries for generation in self._generations.values())
 
     async def _follow(self, prompt: int, request: GenerationRequest, sink: Sink, on_end: Callable[[], None]) -> None:
-        with self._metrics.waiting.track():
-            generation = await self._service.submit(request)
+        try:
+            with self._metrics.waiting.track():
+                generation = await self._service.submit(request)
+        except Refused as refused:
+            if refused.code == "context_length_exceeded":
+                # What is too long came in this field; the service knows tokens only.
+                refused.param = self._prompt_field
+            raise
         self._generations[prompt] = generation
         if len(self._generations) == len(self.prepared.requests):
             self.admitted.set()

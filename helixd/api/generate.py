@@ -36,7 +36,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         common = call.common
         tokenizer = state.text.tokenizer
         logprobs = common.sampling.logprobs is not None
-        with _flight(request, state, prepared) as flight:
+        with _flight(request, state, prepared, "messages") as flight:
             if common.stream:
                 chunks = ChatChunks(
                     envelope,
@@ -60,7 +60,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         call, prepared = await state.threads.run(lambda: _read_completion(raw, state, envelope.id, request[CLIENT]))
         tokenizer = state.text.tokenizer
         generate = call.max_tokens > 0
-        with _flight(request, state, prepared) as flight:
+        with _flight(request, state, prepared, "prompt") as flight:
             if call.common.stream:
                 chunks = CompletionChunks(
                     envelope, tokenizer, prepared, generate=generate, include_usage=call.common.include_usage
@@ -90,10 +90,12 @@ def _envelope(state: ApiState, response_id: str) -> Envelope:
     return state.envelope(response_id, int(datetime.now(UTC).timestamp()))
 
 
-def _flight(request: web.Request, state: ApiState, prepared: Prepared) -> Flight:
+def _flight(request: web.Request, state: ApiState, prepared: Prepared, prompt_field: str) -> Flight:
     resource = request.match_info.route.resource
     path = resource.canonical if resource is not None else "unknown"
-    return Flight(state.service, prepared, state.metrics, request_id=request_id_of(request), path=path)
+    return Flight(
+        state.service, prepared, state.metrics, request_id=request_id_of(request), path=path, prompt_field=prompt_field
+    )
 
 
 async def _stream(request: web.Request, state: ApiState, flight: Flight, chunks: Chunks) -> web.StreamResponse:

@@ -113,7 +113,20 @@ class Admission:
 
     def fits_when_empty(self, prompt_tokens: int) -> bool:
         """Whether a prompt of this length fits into some pipeline at all (true while there is no plan)."""
-        return self._router is None or self._router.fits_when_empty(prompt_tokens)
+        return self._router is None or self._router.fits_when_empty(_whole_pages(prompt_tokens + 1) - 1)
+
+    def longest(self, limit: int) -> int:
+        """To how many tokens a sequence can grow in some empty pipeline, prompt included; at most `limit`."""
+        if self.fits_when_empty(limit - 1):
+            return limit
+        fits, too_many = 0, -(-limit // KV_PAGE_TOKENS)
+        while too_many - fits > 1:
+            pages = (fits + too_many) // 2
+            if self.fits_when_empty(pages * KV_PAGE_TOKENS - 1):
+                fits = pages
+            else:
+                too_many = pages
+        return fits * KV_PAGE_TOKENS
 
     # -- what sequences do -------------------------------------------------------------------------------------------
 
@@ -208,9 +221,9 @@ class Admission:
         nodes, links = self._masks()
         attempt = Attempt(run.attempts)
         expected = self._lengths.expect(max(1, run.max_tokens), emitted=len(run.text.ids))
-        whole_pages = -(-(run.tokens + expected) // KV_PAGE_TOKENS) * KV_PAGE_TOKENS
+        reserved = _whole_pages(run.tokens + expected)
         route: Route = self._router.draw(
-            run.id, run.tokens, whole_pages - run.tokens, attempt=attempt, masked_nodes=nodes, masked_links=links
+            run.id, run.tokens, reserved - run.tokens, attempt=attempt, masked_nodes=nodes, masked_links=links
         )
         return Lease(run.id, attempt, self._epoch, route)
 
@@ -227,3 +240,7 @@ class Admission:
             NoRoute(f"{error.reason}; waited {self._failover_wait_s:g} s for another", cause=error.cause)
         )
         return True
+
+
+def _whole_pages(tokens: int) -> int:
+    return -(-tokens // KV_PAGE_TOKENS) * KV_PAGE_TOKENS

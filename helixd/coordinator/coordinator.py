@@ -153,7 +153,8 @@ class Coordinator:
         """Admit a request. Raises Refused."""
         self._check(request)
         run = RequestRun(request)
-        room = self.max_context_tokens - len(request.prompt)
+        # Where no pipeline's KV holds a whole context, an answer ends as it does at the context's end: with `length`.
+        room = self.admission.longest(self.max_context_tokens) - len(request.prompt)
         max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
         end_ids = {*request.stop_token_ids, *(() if request.ignore_eos else self.model.eos_ids)}
         limits = SequenceLimits(self.options.step_s, self.options.max_migrations)

@@ -37,9 +37,9 @@ def readiness(c: Coordinator) -> Readiness:
     if active is not None:
         failed = {n: s.message for n, s in active.states.items() if s.state == "failed"}
         missing = sorted(n for n in active.plan.placement if n not in c.fleet.nodes)
-        why = "no complete pipeline is up; " + (
-            f"missing: {', '.join(missing)}" if missing else "waiting for nodes to be ready"
-        )
+        trouble = [f"missing: {', '.join(missing)}"] if missing else []
+        trouble += [f"failed: {', '.join(sorted(failed))} (/cluster has the reasons)"] if failed else []
+        why = "no complete pipeline is up; " + ("; ".join(trouble) or "waiting for nodes to be ready")
         return Readiness(False, "pipeline_lost", why, {**detail, "missing": missing, "failed": failed})
     return Readiness(False, "model_loading", c.replanner.why_no_plan, detail)
 

@@ -32,6 +32,7 @@ class PostOffice:
         self._wake = wake
         self._shaping = shaping
         self._boxes: dict[PeerId, Outbox] = {}
+        self._senders: dict[Link, asyncio.Task[None]] = {}
         self._hosts: dict[NodeId, PeerId] = {}
         self._coordinator: PeerId | None = None
 
@@ -47,10 +48,13 @@ class PostOffice:
         """Start sending over a new link; it takes the place of an older one to the same peer."""
         box = Outbox(link, self._wake)
         self._boxes[link.peer] = box
-        self._tasks.create_task(box.run(), name=f"send to {link.peer}")
+        self._senders[link] = self._tasks.create_task(box.run(), name=f"send to {link.peer}")
 
     def drop_link(self, link: Link) -> None:
         """The link closed."""
+        sender = self._senders.pop(link, None)
+        if sender is not None:
+            sender.cancel()
         box = self._boxes.get(link.peer)
         if box is not None and box.link is link:
             del self._boxes[link.peer]

@@ -18,7 +18,7 @@ import psutil
 
 import helixd
 from helixd import logs
-from helixd.errors import HelixError, PeerLost
+from helixd.errors import JoinRefused, PeerLost
 from helixd.ids import NodeId
 from helixd.protocol import messages as m
 from helixd.protocol.codec import ProtocolError, from_frame, to_frame
@@ -37,10 +37,6 @@ log = logging.getLogger(__name__)
 
 Connect = Callable[[], Awaitable[Link]]
 """Makes a link to the coordinator. Raises PeerLost (try again), or another HelixError (do not)."""
-
-
-class JoinRefused(HelixError):
-    """The coordinator does not want this worker as it is; coming back unchanged is useless."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -239,6 +239,15 @@ async def test_a_prompt_that_fills_the_context_leaves_room_for_one_token(world: 
         assert str(CONTEXT_TOKENS) in error.message
 
 
+async def test_a_prompt_that_no_pipeline_can_hold_names_its_field() -> None:
+    too_long = Refused(400, "context_length_exceeded", "more than the KV cache of any pipeline")
+    async with api_world(FakeService(refusal=too_long)) as world:
+        assert (await refusal(world)).param == "messages"
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client_of(world).completions.create(model=MODEL, prompt="x")
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+
+
 async def test_a_queue_that_is_full_is_a_rate_limit() -> None:
     full = Refused(429, "rate_limit_exceeded", "the queue is full", retry_after_s=2.5)
     async with api_world(FakeService(refusal=full)) as world:

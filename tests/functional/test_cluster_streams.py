@@ -102,6 +102,21 @@ async def test_a_request_beyond_the_queue_is_refused_whole_and_leaves_nothing(ch
         await made.settled()
 
 
+@pytest.mark.parametrize("max_tokens", [None, 500])
+async def test_a_sequence_ends_where_the_clusters_kv_does(checkpoint: Path, max_tokens: int | None) -> None:
+    sizes = ModelSizes.of(load_config(checkpoint), "float32")
+    room = sizes.weights_of(range(6)) + int(1.5 * PAGE_TOKENS) * 6 * sizes.kv_bytes_per_token_layer
+    async with cluster(checkpoint, {"a": room}) as made:
+        await made.serve({"a": (0, 6)})
+        outcome = await made.ask(SHORT[0], max_tokens)
+        assert outcome.choices[0].reason == "length"
+        assert len(SHORT[0]) + len(outcome.tokens) == PAGE_TOKENS
+        assert outcome.retries == 0
+        with pytest.raises(Refused, match="KV cache"):
+            await made.ask([1] * PAGE_TOKENS, 1)
+        await made.settled()
+
+
 async def test_choices_stop_strings_and_seeds(checkpoint: Path) -> None:
     async with cluster(checkpoint, {"a": ROOM, "b": ROOM, "c": ROOM}) as made:
         await made.serve(UNEQUAL)
@@ -148,6 +163,23 @@ async def test_a_killed_worker_is_replaced_by_its_replica(checkpoint: Path) -> N
             assert outcome.tokens == list(reference(checkpoint, tuple(SHORT[number % 2]), 24).tokens)
         assert any(outcome.retries for outcome in outcomes)
         await made.settled()
+
+
+async def test_a_worker_that_comes_and_goes_leaves_no_task_behind(checkpoint: Path) -> None:
+    def senders() -> list[str]:
+        return sorted(name for task in asyncio.all_tasks() if (name := task.get_name()).startswith("send to"))
+
+    async with cluster(checkpoint, {"a": ROOM, "b": ROOM}) as made:
+        await made.serve({"a": (0, 3), "b": (3, 6)})
+        before = senders()
+        for life in (2, 3):
+            await made.kill(made.units[-1])
+            await made.add_worker("b", ROOM, incarnation=life)
+            await made.joined(2)
+            async with asyncio.timeout(20):
+                while made.coordinator.epochs.unready_nodes():
+                    await asyncio.sleep(0.01)
+        assert senders() == before
 
 
 async def test_a_new_plan_moves_running_sequences_without_a_seam(checkpoint: Path) -> None:

@@ -307,6 +307,18 @@ async def test_readiness_follows_plan_and_masks() -> None:
         assert made.admission.fits_when_empty(10**9)
 
 
+async def test_how_long_a_sequence_can_grow_counts_whole_pages() -> None:
+    async with desk({A: 3 * PAGE + PAGE // 2, B: PAGE}) as made:
+        assert made.admission.longest(10**6) == 3 * PAGE
+        assert made.admission.longest(2 * PAGE + 1) == 2 * PAGE + 1
+        assert made.admission.fits_when_empty(3 * PAGE - 1)
+        assert not made.admission.fits_when_empty(3 * PAGE)
+        made.admission.use_plan(Epoch(2), None)
+        assert made.admission.longest(10**6) == 10**6
+    async with desk({A: PAGE - 1}) as made:
+        assert made.admission.longest(10**6) == 0
+
+
 actions = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 7)), max_size=30)
 
 

@@ -1,5 +1,8 @@
 """What a daemon remembers: one identity, incarnations that rise, one daemon at a time."""
 
+import errno
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,39 @@ def test_identity_stays_and_incarnations_and_epochs_rise(tmp_path: Path) -> None
     assert second.incarnation == first.incarnation + 1
     assert second.epoch == 5
     second.close()
+
+
+def test_nobody_waits_for_a_slow_disk_and_what_was_said_last_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = StateDir.open(tmp_path)
+    disk = threading.Event()
+
+    def slow(fd: int) -> None:
+        assert disk.wait(1), "somebody waits for the disk who should not"
+
+    monkeypatch.setattr(os, "fsync", slow)
+    for epoch in (1, 2, 3):
+        state.remember_epoch(Epoch(epoch))
+        assert state.epoch == epoch
+    disk.set()
+    state.close()
+    assert StateDir.open(tmp_path).epoch == 3
+
+
+def test_a_full_disk_costs_the_memory_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = StateDir.open(tmp_path)
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    state.remember_epoch(Epoch(7))
+    state.close()
+    assert state.epoch == 7
+    assert "epoch_not_kept" in caplog.text
 
 
 def test_a_configured_id_wins(tmp_path: Path) -> None:
