@@ -6,7 +6,7 @@ request; what workers hold can be thrown away and rebuilt from here.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from helixd import logs
@@ -28,7 +28,7 @@ from helixd.model.decoder import DecoderConfig, DType
 from helixd.model.index import SafetensorsIndex
 from helixd.protocol import messages as m
 from helixd.protocol.codec import to_frame
-from helixd.wire.link import Frame, Link
+from helixd.wire.link import FrameHandler, Link
 from helixd.wire.peers import PeerNetwork
 
 log = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ class Coordinator:
 
     # -- the network's hooks -----------------------------------------------------------------------------------------
 
-    def on_link(self, link: Link) -> Callable[[Link, Frame], Awaitable[None]]:
+    def on_link(self, link: Link) -> FrameHandler:
         """A worker connected."""
         return self.desk.on_link(link)
 

@@ -6,7 +6,7 @@ and the prober. Decides nothing about plans or routes itself.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from helixd import logs
 from helixd.coordinator.admission import Admission
@@ -21,7 +21,7 @@ from helixd.plan.spec import COORDINATOR
 from helixd.protocol import messages as m
 from helixd.protocol.codec import ProtocolError, from_frame, to_frame
 from helixd.sampling import TokenLogprobs
-from helixd.wire.link import Frame, Link
+from helixd.wire.link import Frame, FrameHandler, Link
 from helixd.wire.outbox import Outbox
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class WorkerDesk:
         self._tasks = tasks
         self._senders: dict[Link, asyncio.Task[None]] = {}
 
-    def on_link(self, link: Link) -> Callable[[Link, Frame], Awaitable[None]]:
+    def on_link(self, link: Link) -> FrameHandler:
         """A worker connected; it is nobody until its hello."""
         return self._on_frame
 

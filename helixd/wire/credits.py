@@ -1,7 +1,7 @@
 """Application-level credits: how much a sender may have under way that the receiver's handlers have not finished.
 
 Both ends compute the same charge for a frame: its bytes plus a constant, at most half a window. The receiver returns
-credits in lots of a quarter window, so at rest at least three quarters are free and no frame can wait for ever,
+credits in lots of at most half a window, so at rest more than half of it is free and no frame can wait for ever,
 whatever its size. One window per direction and class.
 """
 
@@ -22,6 +22,14 @@ def frame_charge(frame_bytes: int, window_bytes: int) -> int:
 class CreditGate:
     """The sender's side. Waiters pass in the order they came; each may write before the next one is woken."""
 
+    __slots__ = (
+        "_available",
+        "_max_charge",
+        "_waiters",
+        "progress",
+        "window_bytes",
+    )
+
     def __init__(self, window_bytes: int) -> None:
         self.window_bytes = window_bytes
         self.progress = 0
@@ -36,7 +44,9 @@ class CreditGate:
 
     def take(self, frame_bytes: int) -> int:
         """The charge of a frame, taken; 0 if it is not to be had now or somebody waits for theirs."""
-        charge = min(frame_bytes + FRAME_OVERHEAD_BYTES, self._max_charge)
+        charge = frame_bytes + FRAME_OVERHEAD_BYTES
+        if charge > self._max_charge:
+            charge = self._max_charge
         if charge > self._available or self._waiters:
             return 0
         self._available -= charge
@@ -90,17 +100,31 @@ class CreditGate:
 
 
 class CreditReturn:
-    """The receiver's side: notes what came in and what was handled, and when credits are worth a message."""
+    """The receiver's side: notes what came in and what was handled, and when credits are worth a message.
 
-    def __init__(self, window_bytes: int) -> None:
+    They are once `lot_bytes` (a quarter of the window unless said, at most half) are owed.
+    """
+
+    __slots__ = (
+        "_lot_bytes",
+        "_max_charge",
+        "_outstanding",
+        "_owed",
+        "window_bytes",
+    )
+
+    def __init__(self, window_bytes: int, lot_bytes: int | None = None) -> None:
         self.window_bytes = window_bytes
         self._max_charge = window_bytes // 2
+        self._lot_bytes = min(lot_bytes or window_bytes // 4, window_bytes // 2)
         self._outstanding = 0
         self._owed = 0
 
     def took(self, frame_bytes: int) -> int:
         """A frame came in; returns its charge. Raises FrameError if the sender had no credits for it."""
-        charge = min(frame_bytes + FRAME_OVERHEAD_BYTES, self._max_charge)
+        charge = frame_bytes + FRAME_OVERHEAD_BYTES
+        if charge > self._max_charge:
+            charge = self._max_charge
         self._outstanding += charge
         if self._outstanding > self.window_bytes:
             raise FrameError(f"the peer sent more than its window of {self.window_bytes} bytes")
@@ -109,7 +133,7 @@ class CreditReturn:
     def handled(self, charge: int) -> int:
         """A frame is done with; returns the credits to send back now (0: hold them until there are more)."""
         self._owed += charge
-        if self._owed < self.window_bytes // 4:
+        if self._owed < self._lot_bytes:
             return 0
         credit, self._owed = self._owed, 0
         self._outstanding -= credit

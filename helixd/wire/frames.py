@@ -9,11 +9,13 @@ with the same limits accepts. Tuples arrive as lists. Limits: lists of at most 4
 keys, strings of at most 1024 bytes, no extension types.
 """
 
-from functools import partial
+import struct
+from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
 
 from helixd.wire.errors import FrameError
+from helixd.wire.link import Frame
 
 MAX_KIND = 0x7FFF
 MAX_LIST_ENTRIES = 4096
@@ -25,6 +27,10 @@ _SCALARS = frozenset({int, float, str, bytes, bool, type(None)})
 # kind, the message's own array header, nbytes or the bin header.
 _ENVELOPE_BYTES = 32
 
+_BIN_16 = struct.Struct("!BH").pack
+_BIN_32 = struct.Struct("!BI").pack
+# Half the price of Frame(...).
+_frame = tuple.__new__
 _packer = msgpack.Packer(autoreset=True)
 
 
@@ -41,44 +47,81 @@ def byte_view(payload: object) -> memoryview:
     return view.cast("B") if view.nbytes else memoryview(b"")
 
 
-def encode_small(kind: int, body: object, payload: memoryview | None, max_body_bytes: int) -> bytes:
-    """One message `[kind, body, payload]`; `payload` is copied into it. Raises FrameError naming what is too large."""
+def encode_small_head(kind: int, body: object, payload: memoryview | None, max_body_bytes: int) -> bytes:
+    """One message `[kind, body, payload]` up to its payload, which the caller sends right behind it without a copy.
+
+    Raises FrameError naming what is too large.
+    """
     try:
-        data: bytes = _packer.pack((kind, body, payload))
+        data: bytes = _packer.pack((kind, body, None))
     except _PACK_ERRORS as error:
         raise _not_packable(kind, error) from error
-    body_bytes = len(data) - (0 if payload is None else len(payload))
-    if body_bytes > _UNCHECKED_BYTES or kind > MAX_KIND or not _is_flat(body):
-        _check_encoded(kind, body, data, body_bytes, max_body_bytes)
-    return data
+    flat = _SCALARS.issuperset(map(type, body)) if type(body) is list else _is_flat(body)
+    if not flat or len(data) > _UNCHECKED_BYTES or kind > MAX_KIND:
+        _check_encoded(kind, body, data, max_body_bytes)
+    if payload is None:
+        return data
+    # In place of the nil: msgpack's bin 8, bin 16 or bin 32.
+    size = len(payload)
+    if 0x100 <= size < 0x10000:
+        return data[:-1] + _BIN_16(0xC5, size)
+    return data[:-1] + (bytes((0xC4, size)) if size < 0x100 else _BIN_32(0xC6, size))
 
 
 def encode_bulk_header(kind: int, body: object, payload_bytes: int, max_body_bytes: int) -> bytes:
     """The message `[kind, body, payload_bytes]` that announces a payload sent outside msgpack. Raises FrameError."""
     data = _pack((kind, body, payload_bytes))
-    _check_encoded(kind, body, data, len(data), max_body_bytes)
+    _check_encoded(kind, body, data, max_body_bytes)
     return data
 
 
-def decode_small(
-    data: bytes | bytearray | memoryview, max_body_bytes: int, max_payload_bytes: int
-) -> tuple[int, object, memoryview | None]:
-    """`(kind, body, payload)` of one small message; the payload is owned, writable memory. Raises FrameError."""
-    if len(data) > max_body_bytes + max_payload_bytes + _ENVELOPE_BYTES:
-        raise FrameError(f"a small frame of {len(data)} bytes exceeds {max_body_bytes} + {max_payload_bytes}")
-    try:
-        kind, body, payload = _unpackb(data, max_bin_len=max(max_body_bytes, max_payload_bytes))
-    except _UNPACK_ERRORS as error:
-        raise _not_a_frame(error) from error
-    if type(kind) is not int or not -MAX_KIND <= kind <= MAX_KIND:
-        raise FrameError("not a frame: its kind must be a small integer")
-    if payload is None:
-        return kind, body, None
-    if type(payload) is not bytes:
-        raise FrameError(f"the payload of kind {kind} is {type(payload).__name__}, not bytes")
-    if len(payload) > max_payload_bytes:
-        raise FrameError(f"a small payload of {len(payload)} bytes exceeds {max_payload_bytes}")
-    return kind, body, memoryview(bytearray(payload))
+class SmallDecoder:
+    """Decodes one small message after another. It keeps its unpacker, since giving one its limits costs more than
+    unpacking a message."""
+
+    __slots__ = (
+        "_feed",
+        "_max_body_bytes",
+        "_max_bytes",
+        "_max_payload_bytes",
+        "_read_bytes",
+        "_unpack",
+    )
+
+    def __init__(self, max_body_bytes: int, max_payload_bytes: int) -> None:
+        self._max_body_bytes = max_body_bytes
+        self._max_payload_bytes = max_payload_bytes
+        self._max_bytes = max_body_bytes + max_payload_bytes + _ENVELOPE_BYTES
+        self._renew()
+
+    def _renew(self) -> None:
+        limit = max(self._max_body_bytes, self._max_payload_bytes)
+        unpacker = msgpack.Unpacker(max_bin_len=limit, max_buffer_size=2 * self._max_bytes, **_LIMITS)
+        self._feed, self._unpack, self._read_bytes = unpacker.feed, unpacker.unpack, unpacker.read_bytes
+
+    def decode(self, data: bytes | bytearray | memoryview) -> Frame:
+        """One message; its payload is owned, writable memory. Raises FrameError."""
+        if len(data) > self._max_bytes:
+            raise FrameError(
+                f"a small frame of {len(data)} bytes exceeds {self._max_body_bytes} + {self._max_payload_bytes}"
+            )
+        try:
+            self._feed(data)
+            kind, body, payload = self._unpack()
+            if self._read_bytes(1):
+                raise ValueError("bytes after its end")
+        except _UNPACK_ERRORS as error:
+            self._renew()
+            raise _not_a_frame(error) from error
+        if type(kind) is not int or not -MAX_KIND <= kind <= MAX_KIND:
+            raise FrameError("not a frame: its kind must be a small integer")
+        if payload is None:
+            return _frame(Frame, (kind, body, None))
+        if type(payload) is not bytes:
+            raise FrameError(f"the payload of kind {kind} is {type(payload).__name__}, not bytes")
+        if len(payload) > self._max_payload_bytes:
+            raise FrameError(f"a small payload of {len(payload)} bytes exceeds {self._max_payload_bytes}")
+        return _frame(Frame, (kind, body, memoryview(bytearray(payload))))
 
 
 def decode_bulk_header(
@@ -109,19 +152,19 @@ def _pack(message: tuple[object, object, object]) -> bytes:
     return data
 
 
-def _check_encoded(kind: int, body: object, data: bytes, body_bytes: int, max_body_bytes: int) -> None:
+def _check_encoded(kind: int, body: object, data: bytes, max_body_bytes: int) -> None:
     if kind > MAX_KIND:
         raise FrameError(f"frame kind {kind} is above {MAX_KIND}")
-    if body_bytes > max_body_bytes:
+    if len(data) > max_body_bytes:
         raise FrameError(
-            f"the body of a frame of kind {kind} is {body_bytes} bytes, at most {max_body_bytes} are allowed; "
+            f"the body of a frame of kind {kind} is {len(data)} bytes, at most {max_body_bytes} are allowed; "
             "put large data into the payload"
         )
-    _unpack(data if body_bytes == len(data) else _pack((kind, body, None)), max_body_bytes)
+    _unpack(data, max_body_bytes)
 
 
 def _is_flat(body: object) -> bool:
-    if type(body) is list or type(body) is tuple:
+    if type(body) is tuple:
         return _SCALARS.issuperset(map(type, body))
     return type(body) in _SCALARS
 
@@ -130,17 +173,15 @@ def _refuse_extension(code: int, data: bytes) -> object:
     raise FrameError(f"msgpack extension type {code} ({len(data)} bytes) is not part of the protocol")
 
 
-_unpackb = partial(
-    msgpack.unpackb,
-    raw=False,
-    strict_map_key=True,
-    max_array_len=MAX_LIST_ENTRIES,
-    max_map_len=MAX_MAP_ENTRIES,
-    max_str_len=MAX_STR_BYTES,
-    max_ext_len=0,
-    ext_hook=_refuse_extension,
-)
-
+_LIMITS: dict[str, Any] = {
+    "raw": False,
+    "strict_map_key": True,
+    "max_array_len": MAX_LIST_ENTRIES,
+    "max_map_len": MAX_MAP_ENTRIES,
+    "max_str_len": MAX_STR_BYTES,
+    "max_ext_len": 0,
+    "ext_hook": _refuse_extension,
+}
 
 # Every family of errors msgpack is known to raise, and those of taking three values out of what it returned.
 _UNPACK_ERRORS = (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException)
@@ -152,7 +193,7 @@ def _not_a_frame(error: Exception) -> FrameError:
 
 def _unpack(data: bytes | bytearray | memoryview, max_bin_bytes: int) -> tuple[int, object, object]:
     try:
-        message = _unpackb(data, max_bin_len=max_bin_bytes)
+        message = msgpack.unpackb(data, max_bin_len=max_bin_bytes, **_LIMITS)
         if type(message) is not list:
             raise TypeError(f"a {type(message).__name__}")
         kind, body, last = message

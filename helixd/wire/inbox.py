@@ -4,7 +4,7 @@ import asyncio
 import types
 from asyncio.tasks import _enter_task, _leave_task
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any
 
 from helixd.wire.credits import CreditReturn
@@ -21,6 +21,11 @@ class Inbox:
     waking a task for each of them would cost a third of a small frame's round trip. `asyncio.current_task()` is the
     consumer throughout, so timeouts and task groups in handlers work as ever.
     """
+
+    __slots__ = (
+        "_begun", "_busy", "_failed", "_give_back", "_handler", "_idle", "_link", "_loop", "_queue", "_stopped",
+        "_task", "_waiter", "credits",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -59,8 +64,8 @@ class Inbox:
         self._idle, self._busy = False, True
         _enter_task(self._loop, task)
         try:
-            handling = handler(self._link, frame).__await__()
-            awaited = next(handling)
+            handling = handler(self._link, frame)
+            awaited = handling.send(None)
         except StopIteration:
             self._busy = False
         except (Exception, asyncio.CancelledError) as error:
@@ -131,7 +136,7 @@ class Inbox:
 
 
 @types.coroutine
-def _go_on(handling: Generator[Any, Any, None], awaited: Any) -> Generator[Any, Any, None]:
+def _go_on(handling: Coroutine[Any, Any, None], awaited: Any) -> Generator[Any, Any, None]:
     """The rest of a handler whose first step, done elsewhere, led to waiting for `awaited`."""
     step: Callable[[Any], Any]
     while True:

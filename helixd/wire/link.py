@@ -6,15 +6,14 @@ worker, several nodes of one daemon, and tests with latency, loss and kill). A l
 Order: frames of one class (small, or bulk) to one peer arrive in the order sent; small and bulk overtake each other.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from helixd.ids import Incarnation, PeerId
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One message. `body` is msgpack-able builtins (ints, floats, str, bytes, bool, None, lists, no tensors).
 
     `payload` are raw bytes beside it (activations, weights): any C-contiguous buffer when sending, cast to bytes
@@ -81,7 +80,7 @@ class Link(Protocol):
         ...
 
 
-FrameHandler = Callable[[Link, Frame], Awaitable[None]]
+FrameHandler = Callable[[Link, Frame], Coroutine[Any, Any, None]]
 """Called for each received frame, one at a time per class, in order. Credits return to the sender when it returns, so a
 slow handler is back-pressure. An exception it raises closes the link and is logged with the frame's kind."""
 

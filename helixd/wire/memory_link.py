@@ -18,7 +18,7 @@ from helixd.wire.bulk_receiver import empty_buffer
 from helixd.wire.counters import LinkCounters, LinkTally
 from helixd.wire.credits import CreditGate, CreditReturn
 from helixd.wire.errors import FrameError
-from helixd.wire.frames import byte_view, decode_small, encode_small
+from helixd.wire.frames import SmallDecoder, byte_view, encode_small_head
 from helixd.wire.link import Frame, FrameHandler, LinkMeasurement
 from helixd.wire.options import WireOptions
 from helixd.wire.peers import PeerIdentity
@@ -112,6 +112,7 @@ class MemoryLink:
         self._handling = 0
         self._other: MemoryLink | None = None
         self._tally = LinkTally()
+        self._decoder = SmallDecoder(options.max_body_bytes, 0)
         self._small = _Lane(options.small_window_bytes)
         self._bulk = _Lane(options.bulk_window_bytes)
         self._tasks: list[asyncio.Task[None]] = []
@@ -179,11 +180,11 @@ class MemoryLink:
                 f"a frame of kind {frame.kind} with {size_bytes} bytes exceeds what {self.peer} accepts, "
                 f"{self._options.max_frame_bytes} (max_frame_bytes); send it in parts"
             )
-        header = encode_small(frame.kind, frame.body, None, self._options.max_body_bytes)
+        header = encode_small_head(frame.kind, frame.body, None, self._options.max_body_bytes)
         bulk = size_bytes > self._options.small_payload_bytes
         lane = self._bulk if bulk else self._small
         charge = await self._acquire(lane.gate, len(header) + size_bytes)
-        kind, body, _ = decode_small(header, self._options.max_body_bytes, 0)
+        kind, body, _ = self._decoder.decode(header)
         copy: memoryview | None = None
         if payload is not None:
             copy = empty_buffer(size_bytes)

@@ -7,7 +7,7 @@ each other. The dialer speaks first; the listener answers when its own end of th
 from dataclasses import dataclass
 
 from helixd.wire.errors import FrameError
-from helixd.wire.frames import decode_small, encode_small
+from helixd.wire.frames import SmallDecoder, encode_small_head
 from helixd.wire.options import KIB, WireOptions
 
 KIND_SETUP = -1
@@ -35,12 +35,12 @@ class Grant:
             self.max_body_bytes,
             self.max_frame_bytes,
         ]
-        return encode_small(KIND_SETUP, body, None, _SETUP_BODY_BYTES)
+        return encode_small_head(KIND_SETUP, body, None, _SETUP_BODY_BYTES)
 
     @classmethod
     def decode(cls, message: bytes | bytearray | memoryview) -> "Grant":
         """Raises FrameError for anything but a setup message with usable numbers."""
-        kind, body, _ = decode_small(message, _SETUP_BODY_BYTES, 0)
+        kind, body, _ = SmallDecoder(_SETUP_BODY_BYTES, 0).decode(message)
         if kind != KIND_SETUP or not isinstance(body, list) or len(body) < 6:
             raise FrameError("the first message of a link must be its setup")
         if any(type(value) is not int or not 0 < value < 2**48 for value in body[:6]):

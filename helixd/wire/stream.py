@@ -30,11 +30,14 @@ _FAREWELL = _FIN | _CLOSE
 _MAX_CONTROL_BYTES = 125
 _MAX_HEADER_BYTES = 14
 
-# A message up to this size is joined with its header, so that it leaves as one segment.
-_JOINED_BYTES = 64 * 1024
+# A message up to this size is joined with its header, so that it leaves as one segment. Its length fits into 16 bits.
+_JOINED_BYTES = 0xFFFF
 _MASK_POOL_BYTES = 4096
 _MAX_REASON_BYTES = 120
 _PACK_16 = struct.Struct("!BBH").pack
+_PACK_32_32 = struct.Struct("!II").pack
+_INT_32 = struct.Struct("!I").unpack
+_START = struct.Struct("!HH").unpack_from
 _PACK_64 = struct.Struct("!BBQ").pack
 
 logger = logging.getLogger(__name__)
@@ -76,6 +79,12 @@ class MessageStream(asyncio.BufferedProtocol):
     it belongs; `places` says whether sinks are asked for places. One task at a time may wait in `drain` or `flush`.
     """
 
+    __slots__ = (
+        "_ahead", "_dialed", "_end", "_gone", "_inherited", "_mask", "_mask_at", "_masked", "_masks",
+        "_max_message_bytes", "_over", "_places", "_read_ahead_bytes", "_scratch", "_sink", "_start", "_target",
+        "_target_filled", "_transport", "_usual_payload", "_usual_start", "_wanted", "_writable",
+    )  # fmt: skip
+
     def __init__(
         self, transport: asyncio.Transport, dialed: bool, max_message_bytes: int, read_ahead_bytes: int, places: bool
     ) -> None:
@@ -87,11 +96,10 @@ class MessageStream(asyncio.BufferedProtocol):
         self._dialed = dialed
         self._masked = 0 if dialed else _MASKED
         self._places = places
-        self._mask_bit = _MASKED if dialed else 0
         self._masks = b""
         self._mask_at = _MASK_POOL_BYTES
         # The first bytes of nearly every small message: whole, and with a length of two bytes.
-        self._usual_start = bytes((_MESSAGE, self._masked | 126))
+        self._usual_start = _MESSAGE << 8 | self._masked | 126
         self._usual_payload = 4 if dialed else 8
         self._max_message_bytes = max_message_bytes
         self._read_ahead_bytes = read_ahead_bytes
@@ -111,43 +119,53 @@ class MessageStream(asyncio.BufferedProtocol):
         transport.pause_reading()
         transport.set_protocol(self)
 
-    def write(self, message: bytes | memoryview, first: int = _MESSAGE) -> None:
-        """Hand one message to the transport. Raises ConnectionError.
+    def write(self, message: bytes | memoryview, more: bytes | memoryview = b"", first: int = _MESSAGE) -> None:
+        """Hand one message, `message` with `more` behind it, to the transport. Raises ConnectionError.
 
-        A dialer's message is copied. A listener's is kept by reference if it is large: see `flush`.
+        It is copied, except for a listener's large message without more, which is kept by reference: see `flush`.
         """
         transport = self._transport
         if transport.is_closing():
             raise ConnectionResetError("the connection is closing")
-        size, mask_bit = len(message), self._mask_bit
-        if size < 126:
-            header = bytes((first, mask_bit | size))
-        elif size < 65536:
-            header = _PACK_16(first, mask_bit | 126, size)
+        size = len(message) + len(more)
+        if self._dialed:
+            transport.write(self._masked_frame(first, message, more, size))
+        elif 126 <= size <= _JOINED_BYTES:
+            transport.write(b"".join((_PACK_16(first, 126, size), message, more)))
+        elif size <= _JOINED_BYTES or more:
+            transport.write(b"".join((_header(first, 0, size), message, more)))
         else:
-            header = _PACK_64(first, mask_bit | 127, size)
-        if mask_bit:
-            at = self._mask_at
-            if at >= _MASK_POOL_BYTES:
-                self._masks, at = os.urandom(_MASK_POOL_BYTES), 0
-            self._mask_at = at + 4
-            mask = self._masks[at : at + 4]
-            if size <= _JOINED_BYTES:
-                masked = bytearray(message)
-                websocket_mask(mask, masked)
-                transport.write(b"".join((header, mask, masked)))
-            else:
-                transport.write(_masked_frame(header + mask, message, mask))
-        elif size <= _JOINED_BYTES:
-            transport.write(b"".join((header, message)))
-        else:
-            transport.write(header)
+            transport.write(_header(first, 0, size))
             transport.write(message)
+
+    def _masked_frame(
+        self, first: int, message: bytes | memoryview, more: bytes | memoryview, size: int
+    ) -> bytearray | memoryview:
+        """A client's frame. Its header passes through the mask too, masked beforehand: that is one copy less."""
+        at = self._mask_at
+        if at >= _MASK_POOL_BYTES:
+            self._masks, at = os.urandom(_MASK_POOL_BYTES), 0
+        self._mask_at = at + 4
+        mask = self._masks[at : at + 4]
+        if 126 <= size <= _JOINED_BYTES:
+            header = _PACK_32_32((first << 24 | 0xFE0000 | size) ^ _INT_32(mask)[0], 0)
+            frame = bytearray().join((header, message, more))
+            websocket_mask(mask, frame)
+            return frame
+        header = _header(first, _MASKED, size) + mask
+        if more or size < 126:
+            masked = bytearray().join((message, more))
+            websocket_mask(mask, masked)
+            return bytearray().join((header, masked))
+        whole = np.empty(len(header) + size, dtype=np.uint8).data
+        whole[: len(header)] = header
+        _xor(message, mask, whole[len(header) :])
+        return whole
 
     def write_close(self, code: int, reason: str) -> None:
         """A close frame; nothing may be written after it. Raises ConnectionError."""
         told = reason.encode()[:_MAX_REASON_BYTES].decode(errors="ignore").encode()
-        self.write(code.to_bytes(2, "big") + told, _FAREWELL)
+        self.write(code.to_bytes(2, "big") + told, first=_FAREWELL)
 
     async def drain(self) -> None:
         """Wait while the transport holds more than its high-water mark. Raises ConnectionError."""
@@ -210,9 +228,21 @@ class MessageStream(asyncio.BufferedProtocol):
                 self._target_filled += count
                 if self._target_filled == self._target.nbytes:
                     self._finish_target(sink)
-            elif self._end or self._places or not self._take_one(sink, count):
-                self._end += count
-                self._parse()
+                return
+            if not self._end and not self._places:
+                # The usual case by the shortest way: exactly one small message came.
+                scratch, payload = self._scratch, self._usual_payload
+                start, size = _START(scratch)
+                if start == self._usual_start and size == count - payload:
+                    if payload == 4:
+                        sink.message(scratch[4:count])
+                    else:
+                        data = bytearray(scratch[8:count])
+                        websocket_mask(bytes(scratch[4:8]), data)
+                        sink.message(data)
+                    return
+            self._end += count
+            self._parse()
         except FrameError as error:
             self._over = True
             sink.broken(error)
@@ -220,18 +250,6 @@ class MessageStream(asyncio.BufferedProtocol):
             self._over = True
             logs.event(logger, logging.ERROR, "message_failed", exc_info=True)
             sink.broken(FrameError(f"internal error: {error!r}"))
-
-    def _take_one(self, sink: MessageSink, count: int) -> bool:
-        """The shortest way for the usual case: exactly one small message came, and nothing was there before."""
-        scratch, payload = self._scratch, self._usual_payload
-        if scratch[:2] != self._usual_start or scratch[2] << 8 | scratch[3] != count - payload:
-            return False
-        data: memoryview | bytearray = scratch[payload:count]
-        if payload == 8:
-            data = bytearray(data)
-            websocket_mask(bytes(scratch[4:8]), data)
-        sink.message(data)
-        return True
 
     def eof_received(self) -> bool:
         """The peer ended the connection; the transport closes itself."""
@@ -327,12 +345,13 @@ class MessageStream(asyncio.BufferedProtocol):
         sink.placed()
 
 
-def _masked_frame(head: bytes, message: bytes | memoryview, mask: bytes) -> memoryview:
-    """A frame in fresh memory; copying and masking are one pass over the message."""
-    frame = np.empty(len(head) + len(message), dtype=np.uint8).data
-    frame[: len(head)] = head
-    _xor(message, mask, frame[len(head) :])
-    return frame
+def _header(first: int, mask_bit: int, size: int) -> bytes:
+    """The first bytes of a frame of any size, without the mask."""
+    if size < 126:
+        return bytes((first, mask_bit | size))
+    if size < 65536:
+        return _PACK_16(first, mask_bit | 126, size)
+    return _PACK_64(first, mask_bit | 127, size)
 
 
 def _xor(source: bytes | memoryview, mask: bytes, target: memoryview) -> None:

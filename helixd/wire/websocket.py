@@ -24,23 +24,16 @@ from helixd.wire.bulk_receiver import BulkReceiver
 from helixd.wire.counters import LinkCounters, LinkTally
 from helixd.wire.credits import CreditGate, CreditReturn
 from helixd.wire.errors import CloseCode, FrameError
-from helixd.wire.frames import byte_view, check_payload, decode_small, encode_bulk_header, encode_small, integers
+from helixd.wire.frames import SmallDecoder, byte_view, check_payload, encode_bulk_header, encode_small_head
 from helixd.wire.inbox import Inbox
 from helixd.wire.link import Frame, FrameHandler, LinkMeasurement
-from helixd.wire.liveness import ProgressWatch, RoundTrip, SilenceClock
 from helixd.wire.options import WireOptions
 from helixd.wire.peers import PeerIdentity
-from helixd.wire.probe import ProbeDesk, measure
+from helixd.wire.probe import measure
 from helixd.wire.setup import Grant
 from helixd.wire.stream import MessageStream
+from helixd.wire.upkeep import KIND_CREDIT, KIND_PROBE, Upkeep
 
-KIND_PING = -2
-KIND_PONG = -3
-KIND_CREDIT = -4
-KIND_PROBE = -5
-KIND_PROBE_TAKEN = -6
-
-_PINGS_PER_TICK = 64
 _REASON_GRACE_S = 0.1
 
 logger = logging.getLogger(__name__)
@@ -52,6 +45,13 @@ class WebSocketLink:
     Made by `helixd.wire.opening` when both sides have told what they grant. `on_closed` is called exactly once, if
     `start` was. The link is the sink of its control socket and the owner of its bulk receiver.
     """
+
+    __slots__ = (
+        "_bulk", "_bulk_gate", "_bulk_gone", "_bulk_inbox", "_bulk_over", "_bulk_sender", "_closed", "_control",
+        "_control_gone", "_decode", "_farewell", "_grant", "_heard", "_loop", "_max_body_bytes", "_on_closed",
+        "_options", "_release", "_remote_host", "_small_gate", "_small_inbox", "_small_limit_bytes", "_spawn",
+        "_tally", "_tasks", "_torn_down", "_upkeep", "bulk_receiver", "identity",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -83,16 +83,15 @@ class WebSocketLink:
         self._torn_down = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._tally = LinkTally()
-        self._round_trip = RoundTrip()
-        self._pings_answered = 0
         self._heard = False
-        self._silence = SilenceClock(options.ping_interval_s, options.dead_after_s, self._loop.time())
-        self._stuck = ProgressWatch(options.ping_interval_s, options.send_deadline_s, self._loop.time())
+        self._decode = SmallDecoder(options.max_body_bytes, options.small_payload_bytes).decode
+        self._max_body_bytes = grant.max_body_bytes
         self._small_limit_bytes = min(options.small_payload_bytes, grant.small_payload_bytes)
         self._small_gate = CreditGate(grant.small_window_bytes)
         self._small_inbox = Inbox(
             self,
-            CreditReturn(options.small_window_bytes),
+            # A credit message costs as much as a small frame.
+            CreditReturn(options.small_window_bytes, options.small_window_bytes // 2),
             lambda credit: self._write_internal(KIND_CREDIT, [credit, 0]),
             self._handling_failed,
         )
@@ -105,7 +104,7 @@ class WebSocketLink:
             lambda credit: self._write_internal(KIND_CREDIT, [0, credit]),
             self._handling_failed,
         )
-        self._probes = ProbeDesk()
+        self._upkeep = Upkeep(options, self._small_gate, self._bulk_gate, self._bulk_sender, self._write_internal)
 
     @property
     def peer(self) -> PeerId:
@@ -120,7 +119,7 @@ class WebSocketLink:
     @property
     def rtt_s(self) -> float | None:
         """Smoothed round trip of the pings; None before the first answer."""
-        return self._round_trip.smoothed_s
+        return self._upkeep.round_trip.smoothed_s
 
     @property
     def remote_host(self) -> str:
@@ -151,25 +150,32 @@ class WebSocketLink:
         """See `Link.send`. Also raises FrameError for a frame that breaks a limit; the link stays open."""
         if self._closed is not None:
             raise PeerLost(self.peer, self._closed)
-        kind, payload = frame.kind, frame.payload
+        kind, body, payload = frame
         if kind < 0:
             raise FrameError(f"frame kind {kind} is negative; those belong to the link")
         if payload is not None:
             payload = byte_view(payload)
             if len(payload) > self._small_limit_bytes:
-                await self._send_bulk(kind, frame.body, payload)
+                await self._send_bulk(kind, body, payload)
                 self._tally.frames_sent += 1
                 self._tally.bulk_frames_sent += 1
                 return
-        message = encode_small(kind, frame.body, payload, self._grant.max_body_bytes)
-        if not self._small_gate.take(len(message)):
-            await self._small_gate.acquire(len(message))
-        self._write_control(message)
+        message = encode_small_head(kind, body, payload, self._max_body_bytes)
+        more = b"" if payload is None else payload
+        size = len(message) + len(more)
+        if not self._small_gate.take(size):
+            await self._small_gate.acquire(size)
+        try:
+            self._control.write(message, more)
+        except ConnectionError as error:
+            raise self._lost(error) from error
+        self._tally.bytes_sent += size
         self._tally.frames_sent += 1
 
     async def probe(self, max_bytes: int, timeout_s: float) -> LinkMeasurement:
         """See `Link.probe`; what it measures and how is described in `helixd.wire.probe`."""
-        return await measure(self.peer, self._probe_ping, self._probe_bulk, time.monotonic, max_bytes, timeout_s)
+        ping = self._upkeep.answer_to_ping
+        return await measure(self.peer, ping, self._probe_bulk, time.monotonic, max_bytes, timeout_s)
 
     async def close(self, reason: str) -> None:
         """Close both directions and wait until the sockets are closed. Idempotent."""
@@ -190,7 +196,7 @@ class WebSocketLink:
         self._small_gate.fail(error)
         self._bulk_gate.fail(error)
         self._bulk_sender.fail(error)
-        self._probes.fail(error)
+        self._upkeep.fail(error)
         self._control.stop()
         self._bulk.stop()
         self._small_inbox.stop()
@@ -214,15 +220,14 @@ class WebSocketLink:
         size = len(data)
         self._heard = True
         self._tally.bytes_received += size
-        options = self._options
-        kind, body, payload = decode_small(data, options.max_body_bytes, options.small_payload_bytes)
-        if kind < 0:
-            self._internal(kind, body)
+        frame = self._decode(data)
+        if frame.kind < 0:
+            self._upkeep.take(frame.kind, frame.body)
             return
         inbox = self._small_inbox
         charge = inbox.credits.took(size)
         self._tally.frames_received += 1
-        inbox.put(Frame(kind, body, payload), charge)
+        inbox.put(frame, charge)
 
     def heard(self, size_bytes: int) -> None:
         """Any message is a sign of life."""
@@ -236,9 +241,7 @@ class WebSocketLink:
             self._tally.bulk_frames_received += 1
             self._bulk_inbox.put(Frame(kind, body, payload), charge)
             return
-        if kind != KIND_PROBE or not isinstance(body, list) or len(body) != 1 or type(body[0]) is not int:
-            raise FrameError(f"an unknown bulk frame of kind {kind}")
-        self._write_internal(KIND_PROBE_TAKEN, [body[0]])
+        self._upkeep.take_probe(kind, body)
         self._bulk_inbox.done(charge)
 
     def bulk_abandoned(self, charge: int) -> None:
@@ -331,68 +334,41 @@ class WebSocketLink:
 
     async def _send_bulk(self, kind: int, body: object, payload: memoryview) -> None:
         check_payload(kind, payload.nbytes, self._grant.max_frame_bytes, self.peer)
-        header = encode_bulk_header(kind, body, payload.nbytes, self._grant.max_body_bytes)
+        header = encode_bulk_header(kind, body, payload.nbytes, self._max_body_bytes)
         charge = await self._bulk_gate.acquire(payload.nbytes)
         await self._bulk_sender.send(header, payload, charge)
         self._tally.bytes_sent += len(header) + payload.nbytes
 
-    def _write_control(self, message: bytes) -> None:
-        try:
-            self._control.write(message)
-        except ConnectionError as error:
-            self.fail(f"connection lost: {error}")
-            raise PeerLost(self.peer, f"connection lost: {error}") from error
-        self._tally.bytes_sent += len(message)
+    def _lost(self, error: ConnectionError) -> PeerLost:
+        self.fail(f"connection lost: {error}")
+        return PeerLost(self.peer, f"connection lost: {error}")
 
     def _write_internal(self, kind: int, body: list[int]) -> None:
         """Write a message of the link itself; if the connection is gone, its end is already on the way."""
-        if self._closed is None and not self._control.closing:
-            self._write_control(encode_small(kind, body, None, self._grant.max_body_bytes))
-
-    def _internal(self, kind: int, body: object) -> None:
-        numbers = integers(kind, body)
-        if kind == KIND_PING:
-            self._pings_answered += 1
-            if self._pings_answered > _PINGS_PER_TICK:
-                raise FrameError(f"more than {_PINGS_PER_TICK} pings in {self._options.ping_interval_s} s")
-            self._write_internal(KIND_PONG, [numbers[0]])
-        elif kind == KIND_PONG:
-            self._probes.answer(numbers[0])
-            self._round_trip.answered(numbers[0], time.monotonic())
-        elif kind == KIND_CREDIT and len(numbers) == 2:
-            if numbers[0]:
-                self._small_gate.give(numbers[0])
-            if numbers[1]:
-                self._bulk_gate.give(numbers[1])
-        elif kind == KIND_PROBE_TAKEN:
-            self._probes.answer(numbers[0])
-        else:
-            raise FrameError(f"an unknown message of kind {kind}")
+        if self._closed is not None or self._control.closing:
+            return
+        message = encode_small_head(kind, body, None, self._max_body_bytes)
+        try:
+            self._control.write(message)
+        except ConnectionError as error:
+            raise self._lost(error) from error
+        self._tally.bytes_sent += len(message)
 
     async def _tick(self) -> None:
         while True:
-            # Not the loop's clock: uvloop's counts whole milliseconds.
-            self._write_internal(KIND_PING, [self._round_trip.sent(time.monotonic())])
+            self._upkeep.ping()
             await asyncio.sleep(self._options.ping_interval_s)
             now_s = self._loop.time()
-            self._pings_answered = 0
             heard, self._heard = self._heard, False
-            if self._silence.tick(now_s, heard):
+            if self._upkeep.dead(now_s, heard):
                 self.fail(self._farewell or f"no answer for {self._options.dead_after_s} s")
                 return
-            progress = self._small_gate.progress + self._bulk_gate.progress + self._bulk_sender.progress
-            waiting = self._small_gate.waiting or self._bulk_gate.waiting or self._bulk_sender.waiting
-            if self._stuck.tick(now_s, progress, waiting):
+            if self._upkeep.stuck(now_s):
                 reason = f"took nothing for {self._options.send_deadline_s} s"
                 self.fail(reason, told=f"you {reason}")
                 return
 
-    async def _probe_ping(self) -> None:
-        token, answered = self._probes.expect()
-        self._write_internal(KIND_PING, [token])
-        await answered
-
     async def _probe_bulk(self, payload: memoryview) -> None:
-        token, answered = self._probes.expect()
+        token, answered = self._upkeep.expect()
         await self._send_bulk(KIND_PROBE, [token], payload)
         await answered

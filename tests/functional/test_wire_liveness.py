@@ -12,7 +12,7 @@ import pytest
 from helixd.errors import PeerLost
 from helixd.wire.link import Frame
 from helixd.wire.options import KIB, MIB, WireOptions
-from helixd.wire.websocket import KIND_PING, KIND_PONG
+from helixd.wire.upkeep import KIND_PING, KIND_PONG
 from tests.functional.wire_stranger import Address, stranger
 from tests.functional.wire_world import CARRIERS, DEADLINE_S, Pair, Side, linked
 

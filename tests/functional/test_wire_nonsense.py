@@ -12,7 +12,7 @@ from helixd.wire.errors import CloseCode
 from helixd.wire.link import Frame, Link
 from helixd.wire.options import KIB, WireOptions
 from helixd.wire.setup import own_grant
-from helixd.wire.websocket import KIND_CREDIT, KIND_PING, KIND_PROBE, KIND_PROBE_TAKEN
+from helixd.wire.upkeep import KIND_CREDIT, KIND_PING, KIND_PROBE, KIND_PROBE_TAKEN
 from tests.functional.wire_stranger import Address, Stranger, goodbye, stranger
 from tests.functional.wire_world import DEADLINE_S, Side
 
