@@ -106,6 +106,8 @@ class WorkerDesk:
             case m.EpochState():
                 self._epochs.on_state(message)
                 self._admission.something_changed()
+                if message.state == "failed":
+                    self._replanner.node_failed(NodeId(message.node), message.message)
             case m.Measured():
                 self._on_measured(peer, message)
             case m.Probed():

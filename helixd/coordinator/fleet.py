@@ -29,7 +29,7 @@ class Peer:
 
 @dataclass(slots=True)
 class Node:
-    """A device of a peer."""
+    """A device of a peer. `problem`: why it could not load lately; `failures`: how often it could not."""
 
     id: NodeId
     peer: PeerId
@@ -37,6 +37,7 @@ class Node:
     measured: Measured | None = None
     status: NodeStatus | None = None
     problem: str = ""
+    failures: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +90,10 @@ class Fleet:
         return None if known is None else self.peers.get(known.peer)
 
     def ready_nodes(self) -> Iterator[Node]:
-        """Nodes that are measured and not about to leave."""
+        """Nodes that are measured, not about to leave, and did not fail to load lately."""
         for node in self.nodes.values():
             peer = self.peers.get(node.peer)
-            if node.measured is not None and peer is not None and not peer.draining:
+            if node.measured is not None and peer is not None and not peer.draining and not node.problem:
                 yield node
 
     def unusable_nodes(self) -> frozenset[NodeId]:

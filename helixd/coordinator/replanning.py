@@ -23,16 +23,21 @@ from helixd.solver.process import PlannerFailed
 log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
+RETRY_FAILED_MAX_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class ReplanOptions:
-    """`gain`: the share by which predicted throughput must rise for layers to move."""
+    """`gain`: the share by which predicted throughput must rise for layers to move.
+
+    `retry_failed_s`: a node that could not load is planned with again after so long, twice as long each time.
+    """
 
     wait_for_nodes: int = 1
     settle_s: float = 1.0
     gain: float = 0.1
     cooldown_s: float = 60.0
+    retry_failed_s: float = 30.0
 
 
 class Replanner:
@@ -61,12 +66,27 @@ class Replanner:
         self._admission.something_changed()
         self._changed.set()
 
+    def node_failed(self, node_id: NodeId, reason: str) -> None:
+        """A node could not load what it was to hold: plan without it for a while. A new life of it starts afresh."""
+        node = self._fleet.nodes[node_id]
+        node.problem = reason or "failed"
+        wait_s = min(RETRY_FAILED_MAX_S, self._options.retry_failed_s * 2**node.failures)
+        node.failures += 1
+
+        def try_again() -> None:
+            if self._fleet.nodes.get(node_id) is node:
+                node.problem = ""
+                self.something_changed()
+
+        asyncio.get_running_loop().call_later(wait_s, try_again)
+        self.something_changed()
+
     async def run(self, probes_complete: Callable[[], bool]) -> None:
         """Plan when there is reason to, until cancelled."""
         while True:
             await self._changed.wait()
             self._changed.clear()
-            nodes = sum(1 for _ in self._fleet.ready_nodes())
+            nodes = sum(1 for node in self._fleet.nodes.values() if node.measured is not None)
             if nodes < self._options.wait_for_nodes:
                 self.why_no_plan = f"{nodes} of {self._options.wait_for_nodes} nodes have joined and are measured"
                 continue

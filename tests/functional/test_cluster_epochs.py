@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from helixd.coordinator.planning import ModelSizes
+from helixd.coordinator.replanning import ReplanOptions
+from helixd.errors import ModelError
 from helixd.ids import Epoch, PeerId
 from helixd.layers import LayerRange
 from helixd.model.config import load_config
@@ -117,3 +119,40 @@ async def test_a_load_that_is_late_for_its_own_epoch_holds_nothing(checkpoint: P
         host.forget_epochs()
         await host.load(Epoch(1), LayerRange(0, 2), 1024, source, lambda done, total: None)
         assert host.held() == [(0, 2)], "another coordinator counts its own epochs"
+
+
+async def test_a_node_that_cannot_load_is_planned_around_and_tried_again_later(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could hold the whole model, the others a half each."""
+    sizes = ModelSizes.of(load_config(checkpoint), "float32")
+    half = sizes.weights_of((0, 1, 5)) + 256 * 4 * sizes.kv_bytes_per_token_layer
+    options = ReplanOptions(wait_for_nodes=2, settle_s=0.05, cooldown_s=0.0, retry_failed_s=4.0)
+    async with cluster(checkpoint, {"bad": ROOM}, replan=options) as made:
+        coordinator = made.coordinator
+        (unit,) = made.units
+        broken = True
+        load = unit.worker.hosts[unit.node].load
+
+        async def fails(*arguments: object) -> None:
+            if broken:
+                raise ModelError("tensor model.layers.1.mlp.up_proj.weight is truncated")
+            await load(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(unit.worker.hosts[unit.node], "load", fails)
+        await made.add_worker("one", half)
+        async with asyncio.timeout(30):
+            while not coordinator.fleet.nodes[unit.node].problem:
+                await asyncio.sleep(0.01)
+        assert not coordinator.readiness().ready
+        await made.add_worker("two", half)
+        await made.ready()
+        assert coordinator.epochs.active is not None
+        assert set(coordinator.epochs.active.plan.placement) == {"one", "two"}
+        await exact(made, checkpoint, 0)
+        broken = False
+        async with asyncio.timeout(30):
+            while coordinator.fleet.nodes[unit.node].problem or coordinator.epochs.unready_nodes():
+                await asyncio.sleep(0.05)
+        await exact(made, checkpoint, 1)
+        await made.settled()

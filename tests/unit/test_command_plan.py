@@ -177,8 +177,8 @@ def test_what_it_prints_is_what_current_reads(home: Path, tmp_path: Path, capsys
     plan.write_text(json.dumps(held))
     assert cli.main(["plan", str(home), "--current", str(plan)]) == Exit.OK
     printed = capsys.readouterr().out
-    # Layer 0 and the embedding.
-    assert "1 nodes load 2.1 GB" in printed
+    # Layer 0 and the embedding at least: how much depends on which node it is.
+    assert "1 nodes load" in printed
     assert "to load" in printed
 
 
