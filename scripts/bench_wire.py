@@ -6,6 +6,9 @@ whole path a daemon uses: `Link.send` to the frame handler, uvloop, malloc tuned
 listener to the dialer, the direction in which websocket frames are not masked. CPU is user + system of both processes.
 A fraction is raw CPU divided by link CPU of the same round; the table shows medians.
 
+Pings follow the floods over the connections that carried them. A raw socket that has just carried 4 MiB messages takes
+about a fifth longer for a round trip than a fresh one, which flatters the ratio; a link's control socket carries none.
+
     scripts/bench_wire.py [--rounds 7] [--json results.json]
 
 Exit status 1 if a requirement fails: fraction >= 0.35 at 256 KiB and 4 MiB, 8 KiB round trip <= 2.5 x raw.

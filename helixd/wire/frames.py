@@ -57,7 +57,8 @@ def encode_small_head(kind: int, body: object, payload: memoryview | None, max_b
     except _PACK_ERRORS as error:
         raise _not_packable(kind, error) from error
     flat = _SCALARS.issuperset(map(type, body)) if type(body) is list else _is_flat(body)
-    if not flat or len(data) > _UNCHECKED_BYTES or kind > MAX_KIND:
+    size = len(data)
+    if not flat or size > _UNCHECKED_BYTES or size > max_body_bytes or kind > MAX_KIND:
         _check_encoded(kind, body, data, max_body_bytes)
     if payload is None:
         return data

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 
 from helixd.errors import PeerLost
+from helixd.wire.errors import FrameError
 from helixd.wire.link import Frame, Link
 
 FRAME_OVERHEAD_BYTES = 256
@@ -61,6 +62,11 @@ class Outbox:
             except PeerLost:
                 # Whoever watches the link is told by its on_lost handler; here only the queue ends.
                 self._frames.clear()
+                return
+            except FrameError as error:
+                # A peer that grants too little for what it must hear cannot follow any more; nobody else is to suffer.
+                self._frames.clear()
+                await self.link.close(f"what must be said next cannot be sent: {error}")
                 return
             was_congested = self.congested
             self._bytes -= _cost(frame)

@@ -321,7 +321,9 @@ _lives = iter(range(1, 1000))
 
 
 @asynccontextmanager
-async def stranger(made: Daemons, name: str, secret: bytes = SECRET.encode()) -> AsyncIterator[Stranger]:
+async def stranger(
+    made: Daemons, name: str, secret: bytes = SECRET.encode(), options: WireOptions | None = None
+) -> AsyncIterator[Stranger]:
     said: asyncio.Queue[m.Message] = asyncio.Queue()
     lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -333,7 +335,7 @@ async def stranger(made: Daemons, name: str, secret: bytes = SECRET.encode()) ->
             lost.set_result(reason)
 
     identity = PeerIdentity(PeerId(name), Incarnation(next(_lives)))
-    endpoint = Endpoint(identity, WireOptions(), secret, lambda *_: None, lambda link: handle, on_lost)
+    endpoint = Endpoint(identity, options or WireOptions(), secret, lambda *_: None, lambda link: handle, on_lost)
     host, port = made.peers.split(":")
     async with endpoint:
         yield Stranger(await endpoint.dial(host, int(port), 10.0), said, lost)
@@ -423,6 +425,12 @@ async def test_a_links_measurement_that_cannot_be_is_not_planned_with(cluster: D
         await peer.say(m.Probed(probe.peer, 1e-3, bandwidth, ""))
         assert "could not be handled" in await peer.thrown_out()
     assert (await asyncio.to_thread(cluster.get, "/readyz"))["ready"] is True
+
+
+async def test_a_peer_that_grants_too_little_room_for_an_answer_harms_only_itself(cluster: Daemons) -> None:
+    async with stranger(cluster, "liar", options=WireOptions(max_body_bytes=16)) as peer:
+        await peer.say(hello("liar"))
+        assert "at most 16 are allowed" in await peer.thrown_out()
 
 
 async def test_tensors_that_are_not_there_are_refused_by_name(cluster: Daemons) -> None:

@@ -114,15 +114,16 @@ def test_both_sides_of_every_limit_of_a_body(fits: object, breaks: object) -> No
         encode_small(1, breaks, None, limit)
 
 
+@pytest.mark.parametrize("limit", [64, BODY])
 @pytest.mark.parametrize("with_payload", [False, True])
-def test_the_largest_body_is_the_same_for_both_sides(with_payload: bool) -> None:
+def test_the_largest_body_is_the_same_for_both_sides(with_payload: bool, limit: int) -> None:
     payload = memoryview(bytes(PAYLOAD)) if with_payload else None
     body = b"x" * BODY
-    around = len(encode_small(1, body[:300], None, BODY)) - 300
-    largest = BODY - around
-    assert decode_small(encode_small(1, body[:largest], payload, BODY), BODY, PAYLOAD)[1] == body[:largest]
-    with pytest.raises(FrameError, match=f"at most {BODY}"):
-        encode_small(1, body[:largest] + b"x", payload, BODY)
+    around = len(msgpack.packb([1, body[: limit - 10], None])) - (limit - 10)
+    largest = limit - around
+    assert decode_small(encode_small(1, body[:largest], payload, limit), limit, PAYLOAD)[1] == body[:largest]
+    with pytest.raises(FrameError, match=f"at most {limit}"):
+        encode_small(1, body[:largest] + b"x", payload, limit)
 
 
 def test_both_sides_of_the_payload_limit_and_of_the_kind() -> None:
