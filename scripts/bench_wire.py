@@ -6,8 +6,8 @@ whole path a daemon uses: `Link.send` to the frame handler, uvloop, malloc tuned
 listener to the dialer, the direction in which websocket frames are not masked. CPU is user + system of both processes.
 A fraction is raw CPU divided by link CPU of the same round; the table shows medians.
 
-Pings follow the floods over the connections that carried them. A raw socket that has just carried 4 MiB messages takes
-about a fifth longer for a round trip than a fresh one, which flatters the ratio; a link's control socket carries none.
+Pings come first, on fresh connections: a raw socket that has just carried 4 MiB messages takes about a fifth longer for
+a round trip, which would flatter the link, whose control socket carries none.
 
     scripts/bench_wire.py [--rounds 7] [--json results.json]
 
@@ -105,10 +105,12 @@ class RawSocket:
 
 
 def raw_listener(algorithm: str | None) -> None:
-    """Send floods, answer pings."""
+    """Answer pings, send floods."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         say({"port": server.getsockname()[1]})
         raw = RawSocket(server.accept()[0], algorithm)
+        for _ in range(PINGS):
+            raw.send(raw.receive())
         for size, messages in SIZES.items():
             payload = memoryview(os.urandom(size))
             for _ in range(messages // 10):
@@ -119,13 +121,18 @@ def raw_listener(algorithm: str | None) -> None:
                 raw.send(payload)
             raw.receive()
             say({"size": size, "cpu_s": time.process_time() - started})
-        for _ in range(PINGS):
-            raw.send(raw.receive())
 
 
 def raw_dialer(port: int, algorithm: str | None) -> None:
-    """Receive floods, send pings."""
+    """Send pings, receive floods."""
     raw = RawSocket(socket.create_connection(("127.0.0.1", port)), algorithm)
+    times_s, payload = [], memoryview(os.urandom(PING_BYTES))
+    for _ in range(PINGS):
+        started_s = time.perf_counter()
+        raw.send(payload)
+        raw.receive()
+        times_s.append(time.perf_counter() - started_s)
+    say(percentiles(times_s))
     token = memoryview(b"done")
     for size, messages in SIZES.items():
         for _ in range(messages // 10):
@@ -136,13 +143,6 @@ def raw_dialer(port: int, algorithm: str | None) -> None:
             raw.receive()
         say({"size": size, "cpu_s": time.process_time() - started, "wall_s": time.perf_counter() - started_s})
         raw.send(token)
-    times_s, payload = [], memoryview(os.urandom(PING_BYTES))
-    for _ in range(PINGS):
-        started_s = time.perf_counter()
-        raw.send(payload)
-        raw.receive()
-        times_s.append(time.perf_counter() - started_s)
-    say(percentiles(times_s))
 
 
 def endpoint(name: str, algorithm: str | None, handler: FrameHandler, up: "asyncio.Future[Link]") -> Endpoint:
@@ -158,7 +158,7 @@ def endpoint(name: str, algorithm: str | None, handler: FrameHandler, up: "async
 
 
 async def link_listener(algorithm: str | None) -> None:
-    """Send floods, answer pings."""
+    """Answer pings, send floods."""
     marks: asyncio.Queue[int] = asyncio.Queue()
 
     async def handler(link: Link, frame: Frame) -> None:
@@ -171,6 +171,7 @@ async def link_listener(algorithm: str | None) -> None:
     async with endpoint("listener", algorithm, handler, up) as here:
         say({"port": (await here.listen("127.0.0.1", 0))[1]})
         link = await up
+        await marks.get()
         for size, messages in SIZES.items():
             frame = Frame(DATA, [1, 2, 3, 4, 5, 6], memoryview(os.urandom(size)))
             for _ in range(messages // 10):
@@ -181,11 +182,10 @@ async def link_listener(algorithm: str | None) -> None:
                 await link.send(frame)
             await marks.get()
             say({"size": size, "cpu_s": time.process_time() - started})
-        await marks.get()
 
 
 async def link_dialer(port: int, algorithm: str | None) -> None:
-    """Receive floods, send pings."""
+    """Send pings, receive floods."""
     loop = asyncio.get_running_loop()
     missing, arrived = 0, loop.create_future()
 
@@ -206,13 +206,6 @@ async def link_dialer(port: int, algorithm: str | None) -> None:
     async with endpoint("dialer", algorithm, handler, up) as here:
         link = await here.dial("127.0.0.1", port, 5.0)
         mark = Frame(MARK, None)
-        for size, messages in SIZES.items():
-            await arrive(messages // 10)
-            started, started_s = time.process_time(), time.perf_counter()
-            await link.send(mark)
-            await arrive(messages)
-            say({"size": size, "cpu_s": time.process_time() - started, "wall_s": time.perf_counter() - started_s})
-            await link.send(mark)
         times_s, ping = [], Frame(PING, [1, 2, 3, 4, 5, 6], memoryview(os.urandom(PING_BYTES)))
         for _ in range(PINGS):
             started_s = time.perf_counter()
@@ -221,6 +214,13 @@ async def link_dialer(port: int, algorithm: str | None) -> None:
             times_s.append(time.perf_counter() - started_s)
         say(percentiles(times_s))
         await link.send(mark)
+        for size, messages in SIZES.items():
+            await arrive(messages // 10)
+            started, started_s = time.process_time(), time.perf_counter()
+            await link.send(mark)
+            await arrive(messages)
+            say({"size": size, "cpu_s": time.process_time() - started, "wall_s": time.perf_counter() - started_s})
+            await link.send(mark)
 
 
 def run_child(role: str, port: int, core: int, algorithm: str | None) -> None:
@@ -252,8 +252,8 @@ def run_pair(contender: str, core: int, algorithm: str | None) -> dict[str, Any]
         sent = [json.loads(line) for line in listener.stdout]
     if listener.returncode or dialer.returncode:
         raise RuntimeError(f"{contender}: a process failed ({listener.returncode}, {dialer.returncode})")
-    result: dict[str, Any] = {"ping": received[-1]}
-    for tx, rx in zip(sent, received, strict=False):
+    result: dict[str, Any] = {"ping": received[0]}
+    for tx, rx in zip(sent, received[1:], strict=True):
         messages = SIZES[tx["size"]]
         result[str(tx["size"])] = {
             "cpu_tx_us": tx["cpu_s"] / messages * 1e6,
