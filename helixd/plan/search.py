@@ -143,7 +143,9 @@ class Search:
             self._link_up_more(unfinished)
         near = self._best() >= self.bound * 0.95
         done = self._proven() and not self._frontier
-        if not done and not self._podded and (self._small or self._pinned or not near):
+        # Covers are searched without a look at links: where those bind it is of no use.
+        unsure = not near and not self._podded and not unfinished
+        if not done and (self._small or self._pinned or unsure):
             self._search_covers()
         if self._small or self._best() < self.bound * 0.5:
             self._chain_up()
