@@ -16,8 +16,8 @@ from helixd.plan.stages import Kind
 
 _ROUNDS = 60
 # Units that a stage's flow is counted in: some for each of its lanes.
-_LEAST_UNITS, _MOST_UNITS, _UNITS_PER_LANE, _OVER = 200, 1500, 60, 8
-_DEARER = 8
+_LEAST_UNITS, _MOST_UNITS, _UNITS_PER_LANE, _OVER = 120, 1500, 60, 6
+_DEARER = 4
 _NODES = 400
 _SOLVE_S = 4.0
 _PROBES = 10
