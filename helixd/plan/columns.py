@@ -76,7 +76,7 @@ class StageColumns:
         """
         found: tuple[float, tuple[LaneStage, ...]] | None = None
         for probe in range(_PROBES):
-            if out_of_time() or high - low < near * high:
+            if (probe and out_of_time()) or high - low < near * high:
                 break
             middle = low + (high - low) * (first if probe == 0 else 0.5)
             stages = self.cover(middle)
