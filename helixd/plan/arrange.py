@@ -1,12 +1,15 @@
 """Which stage follows which, and which of several like nodes stands where, so that links carry the flow between.
 
 The stage covering looks at no links. Here its stages are put in an order and nodes trade places, by annealing over
-`energy = sum over neighbouring stages of max(0, wanted flow - what the links between them carry)`. A move changes few
+`energy = sum over neighbouring stages of max(0, wanted flow - what the links between them carry)`. A stage is lanes,
+side by side: a node that holds all of its layers, or several that hold them one after the other. A move changes few
 neighbourhoods and what two stages carry is remembered, so tens of thousands of moves take a second. Regions with slow
 links between them and clusters where a node sees only some others are the same problem here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from math import exp
 from random import Random
 
@@ -25,22 +28,53 @@ _ORDER, _FOCUS, _ALIKE = 0.5, 0.6, 0.8
 _WARM, _COLD = 0.05, 0.3
 
 Members = tuple[NodeId, ...]
+# A stage: its lanes, each of nodes with the layers that they hold of it, first to last.
+Lanes = tuple[tuple[tuple[NodeId, int], ...], ...]
+
+
+def stages_of(placement: Mapping[NodeId, LayerRange]) -> list[Lanes] | None:
+    """A placement as stages, cut wherever no range reaches across; None where a stage is not made of whole lanes."""
+    by_start: dict[int, list[tuple[NodeId, LayerRange]]] = {}
+    for node, held in sorted(placement.items(), key=lambda entry: (entry[1], entry[0])):
+        by_start.setdefault(held.start, []).append((node, held))
+    stages: list[Lanes] = []
+    start, last = 0, max((held.end for held in placement.values()), default=0)
+    while start < last:
+        lanes: list[list[tuple[NodeId, LayerRange]]] = [[entry] for entry in by_start.pop(start, [])]
+        while len(ends := {lane[-1][1].end for lane in lanes}) > 1:
+            shortest = min(lanes, key=lambda lane: lane[-1][1].end)
+            following = by_start.get(shortest[-1][1].end)
+            if not following:
+                return None
+            shortest.append(following.pop(0))
+        if not lanes:
+            return None
+        stages.append(tuple(tuple((node, len(held)) for node, held in lane) for lane in lanes))
+        start = ends.pop()
+    if any(by_start.values()):
+        return None
+    return stages
 
 
 class Arrangement:
-    """Stages of one cluster, as (layers, nodes), whose order and nodes are to be chosen. Same seed, same result."""
+    """Stages of one cluster whose order and nodes are to be chosen. Same seed, same result."""
 
-    def __init__(self, holding: Holding, flows: FlowModel, stages: Sequence[tuple[int, Members]], flow: float) -> None:
+    def __init__(self, holding: Holding, flows: FlowModel, stages: Sequence[Lanes], flow: float) -> None:
         self._holding = holding
         self._flows = flows
         self._flow = flow
-        self._lengths = [layers for layers, _ in stages]
-        self._members = [list(nodes) for _, nodes in stages]
+        # Of each stage the layers that its nodes hold, lane by lane; stages of one shape are interchangeable.
+        shapes = [tuple(tuple(layers for _, layers in lane) for lane in lanes) for lanes in stages]
+        self._shapes = shapes
+        self._shape_of = [shapes.index(shape) for shape in shapes]
+        self._own = [[layers for lane in shape for layers in lane] for shape in shapes]
+        self._members = [[node for lane in lanes for node, _ in lane] for lanes in stages]
         self._order = list(range(len(stages)))
-        used = {node for _, nodes in stages for node in nodes}
+        used = {node for nodes in self._members for node in nodes}
         self._spare = [node.id for node in holding.usable() if node.id not in used and not holding.must_hold(node.id)]
         self._nodes = {node.id: node for node in holding.spec.nodes}
         self._carries: dict[tuple[int, Members, int, Members], float] = {}
+        self._sides: dict[tuple[int, Members], _Sides] = {}
         self._capacity: dict[tuple[NodeId, int], float] = {}
         self._kind = {node: (spec.profile.type, spec.profile.max_layers) for node, spec in self._nodes.items()}
         self._gaps: list[float] = []
@@ -68,12 +102,17 @@ class Arrangement:
         ranges: dict[NodeId, LayerRange] = {}
         start = 0
         for stage in self._order:
-            held = LayerRange(start, start + self._lengths[stage])
-            start = held.end
-            for node in self._members[stage]:
-                if not self._holding.allows(node, held):
-                    return {}
-                ranges[node] = held
+            members = iter(self._members[stage])
+            at = start
+            for lane in self._shapes[stage]:
+                at = start
+                for layers in lane:
+                    node, held = next(members), LayerRange(at, at + layers)
+                    at = held.end
+                    if not self._holding.allows(node, held):
+                        return {}
+                    ranges[node] = held
+            start = at
         return ranges
 
     def _snapshot(self) -> tuple[list[int], list[list[NodeId]], list[NodeId]]:
@@ -146,9 +185,9 @@ class Arrangement:
                 return 0.0
             j = like[random.randrange(len(like))]
             b = theirs[j]
-        if not self._may_hold(b, self._lengths[stage]):
+        if not self._may_hold(b, self._own[stage][i]):
             return 0.0
-        if other_at is not None and not self._may_hold(a, self._lengths[self._order[other_at]]):
+        if other_at is not None and not self._may_hold(a, self._own[self._order[other_at]][j]):
             return 0.0
         gaps = {at, at + 1} | (set() if other_at is None else {other_at, other_at + 1})
         touched = [stage] if other_at is None else [stage, self._order[other_at]]
@@ -179,10 +218,30 @@ class Arrangement:
             found = self._capacity[node, layers] = node_capacity(self._holding.spec, self._nodes[node], layers)
         return found
 
+    def _sides_of(self, stage: int) -> "_Sides":
+        """What a stage's lanes carry, and the nodes at which they begin and end."""
+        key = (self._shape_of[stage], tuple(self._members[stage]))
+        found = self._sides.get(key)
+        if found is None:
+            link = self._flows.link_capacity
+            members = iter(key[1])
+            rates, firsts, lasts = [], [], []
+            for lane in self._shapes[stage]:
+                nodes = [next(members) for _ in lane]
+                rate = min(self._rate(node, layers) for node, layers in zip(nodes, lane, strict=True))
+                rates.append(min([rate, *(link(u, v) for u, v in pairwise(nodes))]))
+                firsts.append(nodes[0])
+                lasts.append(nodes[-1])
+            shape = self._shapes[stage]
+            found = self._sides[key] = _Sides(
+                tuple(rates), tuple(firsts), tuple(lasts),
+                tuple(lane[0] for lane in shape), tuple(lane[-1] for lane in shape),
+            )  # fmt: skip
+        return found
+
     def _lack(self, stage: int) -> float:
-        """What a stage's own nodes are short of."""
-        layers = self._lengths[stage]
-        return max(0.0, self._flow - sum(self._rate(node, layers) for node in self._members[stage]))
+        """What a stage's own lanes are short of."""
+        return max(0.0, self._flow - sum(self._sides_of(stage).rates))
 
     def _gap(self, at: int) -> float:
         """What is missing between the stages before and after position `at`; the coordinator is beyond both ends."""
@@ -191,35 +250,31 @@ class Arrangement:
         if at == len(self._order):
             return self._end_gap(self._order[-1], inward=False)
         p, q = self._order[at - 1], self._order[at]
-        key = (self._lengths[p], tuple(self._members[p]), self._lengths[q], tuple(self._members[q]))
+        key = (self._shape_of[p], tuple(self._members[p]), self._shape_of[q], tuple(self._members[q]))
         carried = self._carries.get(key)
         if carried is None:
-            carried = self._carries[key] = self._transport(*key)
+            carried = self._carries[key] = self._transport(self._sides_of(p), self._sides_of(q))
         return max(0.0, self._flow - carried)
 
     def _end_gap(self, stage: int, *, inward: bool) -> float:
-        layers = self._lengths[stage]
+        sides, link = self._sides_of(stage), self._flows.link_capacity
+        nodes, own = (sides.firsts, sides.first_layers) if inward else (sides.lasts, sides.last_layers)
         carried = sum(
-            min(
-                self._rate(node, layers),
-                self._flows.link_capacity(COORDINATOR, node)
-                if inward
-                else self._flows.link_capacity(node, COORDINATOR),
-            )
-            for node in self._members[stage]
+            min(rate, link(COORDINATOR, node) if inward else link(node, COORDINATOR))
+            for rate, node in zip(sides.rates, nodes, strict=True)
         )
         unheld = sum(
-            not self._holding.max_layers(node, first=inward, last=not inward) >= layers for node in self._members[stage]
+            not self._holding.max_layers(node, first=inward, last=not inward) >= layers
+            for node, layers in zip(nodes, own, strict=True)
         )
         return max(0.0, self._flow - carried) + unheld * self._flow
 
-    def _transport(self, layers: int, senders: Members, next_layers: int, receivers: Members) -> float:
-        """Most that `senders` can hand to `receivers`: the least cut, over the subsets of the smaller side."""
+    def _transport(self, before: "_Sides", after: "_Sides") -> float:
+        """Most that one stage can hand to the next: the least cut, over the subsets of the smaller side."""
         link = self._flows.link_capacity
-        out = [self._rate(node, layers) for node in senders]
-        into = [self._rate(node, next_layers) for node in receivers]
-        rows = [[link(u, v) for v in receivers] for u in senders]
-        if len(receivers) < len(senders):
+        out, into = list(before.rates), list(after.rates)
+        rows = [[link(u, v) for v in after.firsts] for u in before.lasts]
+        if len(into) < len(out):
             out, into = into, out
             rows = [list(column) for column in zip(*rows, strict=True)]
         if len(out) > _EXACT_WIDTH:
@@ -232,6 +287,17 @@ class Arrangement:
             cut += sum(min(rate, sum(row[v] for row in inside)) for v, rate in enumerate(into))
             least = min(least, cut)
         return least
+
+
+@dataclass(frozen=True, slots=True)
+class _Sides:
+    """A stage as its neighbours see it, by lane: what it carries, its first and last node and the layers they hold."""
+
+    rates: tuple[float, ...]
+    firsts: Members
+    lasts: Members
+    first_layers: tuple[int, ...]
+    last_layers: tuple[int, ...]
 
 
 def _accept(change: float, warmth: float, random: Random) -> bool:

@@ -16,8 +16,8 @@ from helixd.plan.stages import Kind
 
 _ROUNDS = 60
 # Units that a stage's flow is counted in: some for each of its lanes.
-_LEAST_UNITS, _MOST_UNITS, _UNITS_PER_LANE, _OVER = 200, 1500, 60, 8
-_DEARER = 8
+_LEAST_UNITS, _MOST_UNITS, _UNITS_PER_LANE, _OVER = 120, 1500, 60, 6
+_DEARER = 4
 _NODES = 400
 _SOLVE_S = 4.0
 _PROBES = 10
@@ -76,7 +76,7 @@ class StageColumns:
         """
         found: tuple[float, tuple[LaneStage, ...]] | None = None
         for probe in range(_PROBES):
-            if out_of_time() or high - low < near * high:
+            if (probe and out_of_time()) or high - low < near * high:
                 break
             middle = low + (high - low) * (first if probe == 0 else 0.5)
             stages = self.cover(middle)

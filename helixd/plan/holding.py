@@ -60,6 +60,12 @@ class Holding:
         most = self.max_layers(node, first=held.start == 0, last=held.end == self.num_layers)
         return held.end <= self.num_layers and self.min_layers(node) <= len(held) <= most
 
+    def allows_all(self, placement: Mapping[NodeId, LayerRange]) -> bool:
+        """Whether every range is allowed and every node that has to hold something does."""
+        return all(self.allows(node, held) for node, held in placement.items()) and all(
+            node.id in placement for node in self.spec.nodes if self.must_hold(node.id)
+        )
+
     def options(self, node: NodeId) -> tuple[LayerRange, ...]:
         """Every range that `node` may hold, shorter first; without "nothing". Like nodes get the same tuple."""
         spec = self._nodes[node]

@@ -295,19 +295,14 @@ class _Change:
         least = self.flows.value(placement) * (1 - _SAME)
         for group in groups:
             tried = relabelled(self._model, self._current, placement, [group])
-            if tried != placement and self._valid(tried) and self.flows.value(tried) >= least:
+            if tried != placement and self.holding.allows_all(tried) and self.flows.value(tried) >= least:
                 placement = tried
         return placement
-
-    def _valid(self, placement: Placement) -> bool:
-        return all(self.holding.allows(node, held) for node, held in placement.items()) and all(
-            node.id in placement for node in self.holding.spec.nodes if self.holding.must_hold(node.id)
-        )
 
     def _add(self, placement: Placement, method: str) -> None:
         placement = dict(sorted(placement.items()))
         key = tuple(placement.items())
-        if not placement or key in self._options or not self._valid(placement):
+        if not placement or key in self._options or not self.holding.allows_all(placement):
             return
         flow = self._flow(placement)
         if flow.value <= 0:

@@ -174,7 +174,7 @@ def best_cover(
         return bound, found
     low, high = 0.0, _relaxed_best(kinds, num_layers, bound, min_width=min_width, wide=wide)
     for probe in range(_PROBES):
-        if out_of_time() or high - low < precision * high:
+        if (probe and out_of_time()) or high - low < precision * high:
             break
         # Whole stages come near to what stages in fractions reach.
         middle = high - (high - low) * (_FIRST_STEP if probe == 0 else 0.5)

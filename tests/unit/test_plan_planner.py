@@ -237,6 +237,14 @@ def test_progress_rises_to_the_plan_and_its_bound_falls() -> None:
     assert told[-1].method == plan.method
 
 
+@pytest.mark.parametrize("count", [20, 70])
+def test_time_that_is_up_at_once_leaves_a_plan_of_larger_clusters_too(count: int) -> None:
+    ticks = itertools.count(step=100)
+    spec = cluster(equal_nodes(count, 4), 30)
+    plan = plan_cluster(spec, time_limit_s=1, clock=lambda: float(next(ticks)))
+    check(spec, plan)
+
+
 def test_unknown_objective_is_refused() -> None:
     with pytest.raises(ValueError, match="objective"):
         plan_cluster(cluster(equal_nodes(1, 1), 1), objective="speed")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
 from helixd.plan import milp
-from helixd.plan.arrange import Arrangement
+from helixd.plan.arrange import Arrangement, stages_of
 from helixd.plan.bounds import capacity_bound, pattern_bound
 from helixd.plan.clusterfile import parse_cluster
 from helixd.plan.cover import CoverSearch, least_cover
@@ -131,6 +131,30 @@ def test_a_chain_hidden_among_few_links_is_found(seed: int) -> None:
     assert plan.upper_bound_tokens_per_s == pytest.approx(600)
 
 
+def test_a_placement_is_read_as_stages_of_lanes() -> None:
+    a, b, c, d, e = (NodeId(name) for name in "abcde")
+    whole = {a: LayerRange(0, 4), b: LayerRange(0, 2), c: LayerRange(2, 4), d: LayerRange(4, 5), e: LayerRange(4, 5)}
+    assert stages_of(whole) == [(((b, 2), (c, 2)), ((a, 4),)), (((d, 1),), ((e, 1),))]
+    assert stages_of({**whole, e: LayerRange(3, 5)}) is None
+    assert stages_of({**whole, e: LayerRange(1, 4)}) is None
+    assert stages_of({a: LayerRange(0, 2), b: LayerRange(3, 4)}) is None
+    assert stages_of({}) == []
+
+
+def test_lanes_are_arranged_with_the_links_inside_them() -> None:
+    # "big" holds all four layers; beside it two small ones, of which only n2 reaches n1.
+    curve = [300.0, 150.0, 75.0, 50.0]
+    nodes = [node("big", [400.0, 200.0, 150.0, 100.0]), *(node(f"n{i}", curve) for i in range(3))]
+    ends = [n.id for n in nodes]
+    links = [LinkSpec(COORDINATOR, a, 1e9, 0.01) for a in ends] + [LinkSpec(a, COORDINATOR, 1e9, 0.01) for a in ends]
+    holding = Holding(cluster(nodes, 4, (*links, LinkSpec(ends[3], ends[2], 1e9, 0.01))))
+    flows = FlowModel(holding.spec)
+    arrangement = Arrangement(holding, flows, [(((ends[0], 4),), ((ends[1], 2), (ends[2], 2)))], 250.0)
+    assert arrangement.anneal(3000, seed=0) == pytest.approx(0, abs=1e-6)
+    assert arrangement.placement() == {ends[0]: LayerRange(0, 4), ends[3]: LayerRange(0, 2), ends[2]: LayerRange(2, 4)}
+    assert flows.value(arrangement.placement()) == pytest.approx(250)
+
+
 def test_arranging_puts_several_nodes_on_both_sides_of_slow_links() -> None:
     # Two regions; one link across carries 60 tokens/s, two nodes on each side make 240.
     nodes: list[NodeSpec] = list(equal_nodes(8, 2, power=200.0))
@@ -143,7 +167,7 @@ def test_arranging_puts_several_nodes_on_both_sides_of_slow_links() -> None:
     ) + tuple(link for e in ends for link in (LinkSpec(COORDINATOR, e, 1e9, 0.01), LinkSpec(e, COORDINATOR, 1e9, 0.01)))
     holding = Holding(cluster(nodes, 8, links))
     flows = FlowModel(holding.spec)
-    mixed = [(2, (ends[0], ends[4])), (2, (ends[1], ends[5])), (2, (ends[2], ends[6])), (2, (ends[3], ends[7]))]
+    mixed = [(((ends[i], 2),), ((ends[i + 4], 2),)) for i in range(4)]
     arrangement = Arrangement(holding, flows, mixed, 200.0)
     assert arrangement.anneal(5000, seed=1) == pytest.approx(0, abs=1e-6)
     placement = arrangement.placement()
@@ -167,6 +191,7 @@ def test_cover_search_honours_pins_and_is_the_same_for_a_seed() -> None:
         ("distributed24-llama70b", 1754.0, 1e-6),
         ("sparse-single24-llama70b", 2045.64, 1e-6),
         ("sparse-distributed24-llama70b", 1754.0, 1e-6),
+        ("distributed24-llama30b", 1517.0, 1e-6),
         ("single24-llama30b", 1517.0, 1e-3),
     ],
 )
