@@ -144,16 +144,19 @@ class Structures:
         near, method = 4e-3 if self._brief else 5e-4, "stages"
         for length in (2,) if self._brief else (2, 3):
             columns = StageColumns(kinds, num_layers, length=length, seed=self._seed)
-            found = columns.best(flow, self._found.bound, near=near, first=0.3, out_of_time=self._out_of_time)
+            # Longer lanes are looked for from the beginning again: what is found hangs on what is asked for.
+            found = columns.best(least, self._found.bound, near=near, first=0.3, out_of_time=self._out_of_time)
             if found is None:
                 continue
-            start, method = lay_out_lanes(found[1], kinds, num_layers), "lanes"
-            self._found.add(start, method)
-            flow = least_cover(self._holding, start)
-            if self._brief or self._flows.value(start) >= flow * (1 - 1e-6):
+            laid = lay_out_lanes(found[1], kinds, num_layers)
+            self._found.add(laid, "lanes")
+            covered = least_cover(self._holding, laid)
+            if covered > flow:
+                start, flow, method = laid, covered, "lanes"
+            if self._brief or self._flows.value(laid) >= covered * (1 - 1e-6):
                 continue
             for share in _LANES_LINKED:
-                lanes = columns.cover(flow * share) if flow * share > least and not self._out_of_time() else None
+                lanes = columns.cover(covered * share) if covered * share > least and not self._out_of_time() else None
                 if lanes is not None:
                     placement = lay_out_lanes(lanes, kinds, num_layers)
                     yield Structure(placement, least_cover(self._holding, placement))
