@@ -17,7 +17,7 @@ from helixd.commands.cluster_source import load_cluster, with_current
 from helixd.commands.failure import CommandFailed
 from helixd.commands.plan_report import Report, report
 from helixd.commands.progress import Progress
-from helixd.config.units import parse_duration_s
+from helixd.config.units import parse_duration_s, parse_size_bytes
 from helixd.exits import Exit
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
@@ -25,11 +25,14 @@ from helixd.plan.baselines import BASELINES
 from helixd.plan.plan import Infeasible
 from helixd.plan.planner import OBJECTIVES
 from helixd.plan.spec import ClusterSpec
-from helixd.solver.job import Job
+from helixd.solver.job import Job, Reload
 from helixd.solver.process import Outcome, PlannerFailed, solve
 
 # Columns of a table that no terminal bounds.
 _WIDE = 160
+
+DEFAULT_LOAD_BYTES_PER_S = 500.0 * 2**20
+DEFAULT_HORIZON_S = 3600.0
 
 DESCRIPTION = """\
 Say where the layers of a model should go on machines that you describe, and what they would serve. Nothing is
@@ -89,6 +92,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="1: a pipeline is left whichever one node is lost; 0: do not care; left out: if it costs little",
     )  # fmt: skip
     group.add_argument("--current", metavar="PLAN", type=Path, help="what nodes hold now, as printed by --json")
+    group.add_argument(
+        "--load-speed", metavar="SIZE", type=_size, default=DEFAULT_LOAD_BYTES_PER_S,
+        help="with --current: bytes/s at which a node loads weights (default 500MiB)",
+    )  # fmt: skip
+    group.add_argument(
+        "--horizon", metavar="S", type=_duration_s, default=DEFAULT_HORIZON_S,
+        help="with --current: how long the plan is to stay; what pays for its loading within that moves (default 1h)",
+    )  # fmt: skip
     group = parser.add_argument_group("search")
     group.add_argument(
         "--time-limit", metavar="S", type=_duration_s, default=10.0, help="longest search for a plan (default 10 s)"
@@ -136,6 +147,7 @@ def _plan(arguments: argparse.Namespace) -> Report:
         baselines=tuple(BASELINES) if arguments.compare else (),
         frontier=arguments.frontier,
         in_force=_held_now(spec),
+        reload=Reload(arguments.load_speed, arguments.horizon) if _held_now(spec) else None,
     )
     try:
         outcome = asyncio.run(_solve(job, sys.stderr))
@@ -178,6 +190,16 @@ def _print(found: Report, *, as_json: bool) -> None:
     bounded = sys.stdout.isatty() or "COLUMNS" in os.environ
     show(Console(file=sys.stdout, width=None if bounded else _WIDE), found)
     sys.stdout.flush()
+
+
+def _size(text: str) -> float:
+    try:
+        size_bytes = parse_size_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if size_bytes <= 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return float(size_bytes)
 
 
 def _duration_s(text: str) -> float:

@@ -31,6 +31,20 @@ def plan_json(found: Report) -> str:
             },
             "nodes": {row.id: _node(row) for row in found.rows},
             "load_bytes": found.load_bytes,
+            "load_s": found.moving.load_s if found.moving else None,
+            "ways_on": [
+                {
+                    "max_flow_tokens_per_s": option.flow_tokens_per_s,
+                    "worth_tokens_per_s": option.worth,
+                    "worth_while_loading_tokens_per_s": option.worth_while_loading,
+                    "load_bytes": option.load_bytes,
+                    "load_s": option.load_s,
+                    "placement": {node: list(held.to_pair()) for node, held in option.placement.items()},
+                }
+                for option in found.moving.options
+            ]
+            if found.moving
+            else None,
             "as_it_is": _figures(found.in_force) if found.in_force else None,
             "alone": {"node": found.alone[0], **_prediction_facts(found.alone[1])} if found.alone else None,
             "without_survival": _figures(found.unconstrained) if found.unconstrained else None,

@@ -11,6 +11,7 @@ from helixd.plan.predict import Prediction, predict, stages
 from helixd.plan.spec import COORDINATOR, ClusterSpec, NodeSpec
 from helixd.plan.survival import survives_one_loss
 from helixd.plan.undominated import FrontierPoint
+from helixd.solver.job import Moving
 from helixd.solver.process import Outcome
 
 
@@ -71,6 +72,7 @@ class Report:
     rows: tuple[NodeRow, ...]
     compared: tuple[PlanRow, ...]
     in_force: Plan | None
+    moving: Moving | None
     unconstrained: Plan | None
     frontier: tuple[FrontierPoint, ...]
     cut_off: str | None
@@ -114,6 +116,7 @@ def report(spec: ClusterSpec, outcome: Outcome, *, objective: str, seed: int) ->
         rows=tuple(_row(holding, flows, plan, node, knows_current) for node in spec.nodes),
         compared=_compared(plan, outcome),
         in_force=outcome.in_force,
+        moving=outcome.moving,
         unconstrained=outcome.unconstrained,
         frontier=outcome.depths,
         cut_off=outcome.cut_off,

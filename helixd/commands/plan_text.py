@@ -23,6 +23,8 @@ def show(console: Console, found: Report) -> None:
     console.print(_nodes(found))
     for note in _footnotes(found):
         console.print(note, highlight=False, soft_wrap=True)
+    if found.moving is not None and len(found.moving.options) > 1:
+        console.print(_ways_on(found))
     if found.frontier:
         console.print(_frontier(found.frontier))
     if found.compared:
@@ -68,7 +70,9 @@ def _summary(found: Report) -> RenderableType:
     if found.load_bytes is not None:
         moved = [row for row in found.rows if row.load_bytes]
         text = (
-            f"{len(moved)} nodes load {size(found.load_bytes)}" if moved else "nothing: every node keeps what it holds"
+            f"{len(moved)} nodes load {size(found.load_bytes)}{_loading(found)}"
+            if moved
+            else "nothing: every node keeps what it holds"
         )
         lines.append(_line("to load", text))
     lines.append(_line("search", f"{plan.solve_s:.1f} s, {plan.method}"))
@@ -175,6 +179,27 @@ def _footnotes(found: Report) -> list[str]:
     if found.prediction is None:
         notes.append("no prediction of output tokens/s: the file has no layer times for some node in use")
     return notes
+
+
+def _loading(found: Report) -> str:
+    return f", {found.moving.load_s:.0f} s until all of it serves" if found.moving is not None else ""
+
+
+def _ways_on(found: Report) -> Table:
+    assert found.moving is not None
+    table = Table(
+        title="ways on from what nodes hold", title_justify="left", title_style="bold", box=None, pad_edge=False,
+        padding=(0, 2, 0, 0), header_style="bold",
+    )  # fmt: skip
+    for title in ("to load", "seconds", "max flow", "worth", "worth while loading"):
+        table.add_column(title, justify="right")
+    table.add_column("")
+    for option in found.moving.options:
+        table.add_row(
+            size(option.load_bytes), f"{option.load_s:.0f}", figure(option.flow_tokens_per_s), figure(option.worth),
+            figure(option.worth_while_loading), "chosen" if option.placement == found.plan.placement else "",
+        )  # fmt: skip
+    return table
 
 
 def _frontier(points: tuple[FrontierPoint, ...]) -> Table:

@@ -210,6 +210,12 @@ class PlannerConfig:
     replan_cooldown_s: float = key(60.0, kinds.duration(zero=True), "Least time between two plans that move layers.")
     wait_for_nodes: int = key(1, kinds.integer(1), "Nodes that must have joined before the first plan.")
     settle_s: float = key(1.0, kinds.duration(zero=True), "Wait for further nodes after one joined, before planning.")
+    load_speed_bytes: int = key(
+        500 * 2**20, kinds.size(1 << 20), "Weights that a node loads in a second: what moving layers costs."
+    )
+    horizon_s: float = key(
+        3600.0, kinds.duration(), "How long a plan is expected to stay. Layers move if that pays within it."
+    )
     mean_input_tokens: float = key(750.0, kinds.number(1, 1e7), "Mean prompt length planned for.")
     mean_output_tokens: float = key(240.0, kinds.number(1, 1e7), "Mean output length planned for.")
     pins: Mapping[str, PinConfig] = entries(PinConfig, "Constraints on one node, by its id.")

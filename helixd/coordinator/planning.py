@@ -16,7 +16,7 @@ from helixd.model.sizes import embedding_bytes, head_bytes, layer_bytes
 from helixd.plan.plan import Plan
 from helixd.plan.profile import NodeMeasurement, profiles_from_measurements
 from helixd.plan.spec import COORDINATOR, ClusterSpec, LinkSpec, ModelSpec, NodeSpec, WorkloadSpec
-from helixd.solver.job import Job
+from helixd.solver.job import Job, Reload
 from helixd.solver.process import solve
 
 log = logging.getLogger(__name__)
@@ -41,13 +41,16 @@ class Pin:
 class PlanningOptions:
     """`kv_fraction`: share of a node's memory that layers leave free for KV, given up if nothing fits otherwise.
 
-    `workload.min_kv_tokens` of KV room in every held layer are never given up. `pins` by node id.
+    `workload.min_kv_tokens` of KV room in every held layer are never given up. `pins` by node id. What nodes hold is
+    moved only if that pays within `horizon_s` for loading at `load_bytes_per_s`.
     """
 
     time_limit_s: float = 10.0
     workload: WorkloadSpec = field(default_factory=WorkloadSpec)
     kv_fraction: float = 0.3
     pins: Mapping[str, Pin] = field(default_factory=dict)
+    load_bytes_per_s: float = 500 * 2**20
+    horizon_s: float = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,8 @@ async def run_planner(
     Raises Infeasible, or PlannerFailed (crash, time, memory, nonsense, and nothing found before).
     """
     held = None if in_force is None else dict(in_force)
-    outcome = await solve(Job(spec, time_limit_s=options.time_limit_s, in_force=held, nice=NICE))
+    reload = Reload(options.load_bytes_per_s, options.horizon_s)
+    outcome = await solve(Job(spec, time_limit_s=options.time_limit_s, in_force=held, reload=reload, nice=NICE))
     assert outcome.plan is not None
     if outcome.cut_off is not None:
         logs.event(log, logging.WARNING, "planner_cut_off", reason=outcome.cut_off, method=outcome.plan.method)

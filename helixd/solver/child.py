@@ -19,6 +19,7 @@ from helixd.plan.holding import Holding
 from helixd.plan.judge import current_plan, in_force
 from helixd.plan.plan import Infeasible, Plan, Progress
 from helixd.plan.planner import plan_cluster
+from helixd.plan.replan import replan
 from helixd.plan.undominated import frontier
 from helixd.solver.job import (
     OVERTIME_S,
@@ -30,7 +31,9 @@ from helixd.solver.job import (
     Found,
     InForce,
     Job,
+    Moving,
     Refused,
+    Reload,
     Unconstrained,
 )
 
@@ -76,7 +79,11 @@ class _Worker:
             self.say(InForce(in_force(Holding(job.spec), job.in_force)))
         if (plan := self._at_once()) is not None:
             self.say(Found(plan, final=False))
-        self.say(Found(self._search("plan", job.survive), final=True))
+        holds = any(node.current_range is not None for node in job.spec.nodes)
+        if job.reload is not None and holds and job.objective != "latency":
+            self._replan(job.reload)
+        else:
+            self.say(Found(self._search("plan", job.survive), final=True))
         if job.price:
             self.say(Unconstrained(self._search("plan without survival", 0)))
         for name in job.baselines:
@@ -86,6 +93,16 @@ class _Worker:
             self.say(Doing("flow against depth", self._elapsed_s()))
             points = frontier(job.spec, seed=job.seed, time_limit_s=job.time_limit_s, clock=time.monotonic)
             self.say(Depths(points))
+
+    def _replan(self, reload: Reload) -> None:
+        job = self._job
+        self.say(Doing("plan from what nodes hold", self._elapsed_s()))
+        found = replan(
+            job.spec, load_bytes_per_s=reload.load_bytes_per_s, horizon_s=reload.horizon_s, objective=job.objective,
+            survive=job.survive, seed=job.seed, time_limit_s=job.time_limit_s, clock=time.monotonic,
+        )  # fmt: skip
+        self.say(Moving(found.load_s, found.options))
+        self.say(Found(found.plan, final=True))
 
     def _search(self, what: str, survive: int | None) -> Plan:
         def report(progress: Progress) -> None:

@@ -8,6 +8,7 @@ import msgspec
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
 from helixd.plan.plan import Plan
+from helixd.plan.replan import Option
 from helixd.plan.spec import ClusterSpec
 from helixd.plan.undominated import FrontierPoint
 
@@ -16,12 +17,21 @@ DEFAULT_MEMORY_BYTES = 4 << 30
 OVERTIME_S = 30.0
 
 
+class Reload(msgspec.Struct, frozen=True):
+    """How fast nodes load weights, and for how long a plan is expected to stay (see `helixd.plan.replan.replan`)."""
+
+    load_bytes_per_s: float
+    horizon_s: float
+
+
 class Job(msgspec.Struct, frozen=True):
     """A cluster to plan, within `time_limit_s` for each plan asked for, and `memory_bytes` of address space.
 
     `objective`, `seed`, `survive`: see `helixd.plan.planner.plan_cluster`. `price`: also the plan without `survive`.
     `baselines`: names of `helixd.plan.baselines`. `frontier`: also flow against depth. `in_force`: a placement to be
-    judged as well, on the cluster as it is now. `nice`: how far the process stands back behind others.
+    judged as well, on the cluster as it is now. `reload`: what loading costs, for the plan to move only what is worth
+    moving from what nodes hold; None to plan as if nothing were held. `nice`: how far the process stands back behind
+    others.
     """
 
     spec: ClusterSpec
@@ -33,6 +43,7 @@ class Job(msgspec.Struct, frozen=True):
     baselines: tuple[str, ...] = ()
     frontier: bool = False
     in_force: dict[NodeId, LayerRange] | None = None
+    reload: Reload | None = None
     nice: int = 0
     memory_bytes: int | None = DEFAULT_MEMORY_BYTES
 
@@ -89,6 +100,16 @@ class Depths(Answer, frozen=True, tag=True):
     points: tuple[FrontierPoint, ...]
 
 
+class Moving(Answer, frozen=True, tag=True):
+    """The other ways there were to go on from what nodes hold, each moving more and serving more than the one before.
+
+    `load_s`: seconds until the plan found serves in full.
+    """
+
+    load_s: float
+    options: tuple[Option, ...]
+
+
 class Refused(Answer, frozen=True, tag=True):
     """No placement serves the model; `reason` is the planner's sentence."""
 
@@ -101,4 +122,4 @@ class Failed(Answer, frozen=True, tag=True):
     reason: str
 
 
-AnyAnswer = Doing | InForce | Found | Unconstrained | Compared | Depths | Refused | Failed
+AnyAnswer = Doing | InForce | Found | Moving | Unconstrained | Compared | Depths | Refused | Failed

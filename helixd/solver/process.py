@@ -15,7 +15,19 @@ import msgspec
 from helixd.errors import HelixError
 from helixd.plan.plan import Infeasible, Plan
 from helixd.plan.undominated import FrontierPoint
-from helixd.solver.job import AnyAnswer, Compared, Depths, Doing, Failed, Found, InForce, Job, Refused, Unconstrained
+from helixd.solver.job import (
+    AnyAnswer,
+    Compared,
+    Depths,
+    Doing,
+    Failed,
+    Found,
+    InForce,
+    Job,
+    Moving,
+    Refused,
+    Unconstrained,
+)
 
 GRACE_S = 20.0
 MAX_LINE_BYTES = 64 << 20
@@ -35,6 +47,7 @@ class Outcome:
     plan: Plan | None = None
     final: bool = False
     in_force: Plan | None = None
+    moving: Moving | None = None
     unconstrained: Plan | None = None
     compared: list[Compared] = field(default_factory=list)
     depths: tuple[FrontierPoint, ...] = ()
@@ -110,6 +123,8 @@ async def _converse(
                 outcome.plan, outcome.final = plan, final
             case InForce(plan):
                 outcome.in_force = plan
+            case Moving():
+                outcome.moving = answer
             case Unconstrained(plan):
                 outcome.unconstrained = plan
             case Compared():

@@ -508,3 +508,35 @@ def test_jobs_survive_the_wire(tmp_path: Path) -> None:
 
     job = Job(load_cluster(small(tmp_path)), baselines=("swarm",))
     assert msgspec.json.decode(msgspec.json.encode(job), type=Job) == job
+
+
+def test_a_real_search_moves_only_what_pays_within_the_horizon(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", str(home), "--json"]) == Exit.OK
+    held = json.loads(capsys.readouterr().out)
+    # The first two boundaries are elsewhere: it serves, but less than it could.
+    first, second = sorted(held["placement"], key=lambda node: held["placement"][node])[:2]
+    assert held["placement"][first][0] == 0
+    held["placement"][first][1] -= 2
+    held["placement"][second][0] -= 2
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(held))
+    found = []
+    for horizon in ("1s", "100h"):
+        arguments = ["plan", str(home), "--json", "--current", str(plan), "--horizon", horizon, "--load-speed", "1MiB"]
+        assert cli.main(arguments) == Exit.OK
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["load_bytes"] == 0
+    assert found[0]["load_s"] == 0
+    assert found[1]["predicted_decode_tokens_per_s"] >= found[0]["predicted_decode_tokens_per_s"]
+    assert [way["load_bytes"] for way in found[1]["ways_on"]] == sorted(
+        way["load_bytes"] for way in found[1]["ways_on"]
+    )
+
+
+@pytest.mark.parametrize("flags", [["--load-speed", "0"], ["--load-speed", "fast"], ["--horizon", "0"]])
+def test_loading_needs_a_speed_and_a_time(home: Path, flags: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", str(home), *flags])
+    assert ended.value.code == Exit.USAGE

@@ -33,7 +33,7 @@ class World:
         self.answer: Any = None
         self.asked: list[Any] = []
         self.pipeline = True
-        nodes = {NodeId(name): SimpleNamespace(id=NodeId(name)) for name in ("a", "b")}
+        nodes = {NodeId(name): SimpleNamespace(id=NodeId(name), measured=object()) for name in ("a", "b")}
         fleet: Any = SimpleNamespace(nodes=nodes, ready_nodes=lambda: iter(nodes.values()))
         admission: Any = SimpleNamespace(something_changed=lambda: None, has_pipeline=lambda: self.pipeline)
         world = self
