@@ -3,7 +3,7 @@
 Budgets count moves, so that a seed gives the same placements on any machine.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from helixd.plan.arrange import Arrangement, stages_of
 from helixd.plan.candidates import Candidates
@@ -45,8 +45,7 @@ class Linking:
     def once(self, structures: list[Structure]) -> list[tuple[float, Structure]]:
         """Order stages and nodes so that links feed them; what is left missing, for those that it was not done for."""
         tried: list[tuple[float, Structure]] = []
-        structures.sort(key=lambda found: -found.goal)
-        for found in structures:
+        for found in _thickest_first(structures, of_each_depth=self._everything):
             if self._out_of_time() or (not self._everything and self._found.best >= found.goal * (1 - 1e-6)):
                 break
             if self._flows.value(found.placement) >= found.goal * (1 - 1e-6):
@@ -92,3 +91,16 @@ class Linking:
             )  # fmt: skip
         self._found.add(placement, "stages, arranged")
         return left, flow
+
+
+def _thickest_first(structures: Sequence[Structure], *, of_each_depth: bool) -> list[Structure]:
+    """By falling goal; `of_each_depth`: of those with as many stages, as safe ones, only the thickest."""
+    ordered = sorted(structures, key=lambda found: -found.goal)
+    if not of_each_depth:
+        return ordered
+    kept: dict[tuple[int, bool], Structure] = {}
+    for found in ordered:
+        ranges = list(found.placement.values())
+        safe = all(ranges.count(held) > 1 for held in set(ranges))
+        kept.setdefault((len(set(ranges)), safe), found)
+    return list(kept.values())
