@@ -46,6 +46,9 @@ class PostOffice:
     def add_link(self, link: Link) -> None:
         """Start sending over a new link; it takes the place of an older one to the same peer."""
         box = Outbox(link, self._wake)
+        older = self._boxes.get(link.peer)
+        if older is not None:
+            older.close()
         self._boxes[link.peer] = box
         self._tasks.create_task(box.run(), name=f"send to {link.peer}")
 
@@ -53,6 +56,7 @@ class PostOffice:
         """The link closed."""
         box = self._boxes.get(link.peer)
         if box is not None and box.link is link:
+            box.close()
             del self._boxes[link.peer]
 
     def reaches(self, node: NodeId) -> bool:
