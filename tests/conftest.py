@@ -5,11 +5,5 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--long", action="store_true", help="property tests and fuzzing at full length: minutes, not seconds"
+        "--long", action="store_true", help="property tests and fuzzing at full length (see tests/budget.py): minutes"
     )
-
-
-@pytest.fixture
-def long(request: pytest.FixtureRequest) -> bool:
-    """Whether the suite runs at full length."""
-    return bool(request.config.getoption("--long"))
