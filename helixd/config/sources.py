@@ -69,6 +69,9 @@ def from_file(path: Path, schema: Schema, problems: list[Problem]) -> Iterator[S
         raise ConfigErrors([Problem(str(path), f"is not UTF-8 (byte {error.start})")]) from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigErrors([_syntax_problem(path, text, str(error))]) from error
+    except (ValueError, RecursionError) as error:
+        # An integer of thousands of digits, brackets thousands deep: the parser does not call these syntax errors.
+        raise ConfigErrors([Problem(str(path), f"is not TOML that can be read: {error}")]) from error
     lines = key_lines(text)
     for key_path, value in _flatten(document, (), schema):
         origin = f"{path}:{lines.get(key_path, 1)}"

@@ -47,7 +47,7 @@ class WorkerDesk:
         self._weights = weights
         self._greeting = greeting
         self._tasks = tasks
-        self._senders: dict[Link, asyncio.Task[None]] = {}
+        self._outboxes: dict[Link, Outbox] = {}
 
     def on_link(self, link: Link) -> FrameHandler:
         """A worker connected; it is nobody until its hello."""
@@ -55,7 +55,9 @@ class WorkerDesk:
 
     def on_lost(self, link: Link, reason: str) -> None:
         """A worker's link closed: what it held is gone, its sequences move."""
-        self._stop_sending(link)
+        outbox = self._outboxes.pop(link, None)
+        if outbox is not None:
+            outbox.close()
         peer = self._fleet.remove(link.peer, link)
         if peer is None:
             return
@@ -124,9 +126,10 @@ class WorkerDesk:
                 raise ProtocolError(f"a worker must not send {type(message).__name__}")
 
     def _on_hello(self, link: Link, hello: m.Hello) -> None:
-        outbox = Outbox(link, lambda: None)
-        self._stop_sending(link)
-        self._senders[link] = self._tasks.create_task(outbox.run(), name=f"send to {link.peer}")
+        outbox = self._outboxes.get(link)
+        if outbox is None:
+            outbox = self._outboxes[link] = Outbox(link, lambda: None)
+            self._tasks.create_task(outbox.run(), name=f"send to {link.peer}")
         wrong = self._why_not(hello)
         old = self._fleet.peers.get(link.peer)
         if wrong is None and old is not None and old.link is not link:
@@ -147,11 +150,6 @@ class WorkerDesk:
         )  # fmt: skip
         welcome, config_json = self._greeting()
         outbox.post(to_frame(welcome, config_json))
-
-    def _stop_sending(self, link: Link) -> None:
-        sender = self._senders.pop(link, None)
-        if sender is not None:
-            sender.cancel()
 
     def _why_not(self, hello: m.Hello) -> m.Refused | None:
         welcome, _ = self._greeting()

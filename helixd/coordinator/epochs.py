@@ -74,9 +74,11 @@ class Epochs:
         """Start the switch to `plan`."""
         self._last = Epoch(self._last + 1)
         self._remember(self._last)
-        beside = {node: self._room(node, layers, beside=True) for node, layers in plan.placement.items()}
+        beside = self._rooms(plan, self.active)
         if self.active is not None and any(
-            room < len(plan.placement[node]) * LEAST_KV_TOKENS for node, room in beside.items()
+            room < len(plan.placement[node]) * LEAST_KV_TOKENS
+            for node, room in beside.items()
+            if node in self._fleet.nodes
         ):
             logs.event(
                 log, logging.WARNING, "serving_pauses", epoch=self._last,
@@ -86,7 +88,7 @@ class Epochs:
             self._admission.use_plan(self._last, None)
             self._admission.break_where(lambda lease: True, "moved", "the plan changed")
             self._retire_below(self._last)
-            beside = {node: self._room(node, layers, beside=False) for node, layers in plan.placement.items()}
+            beside = self._rooms(plan, None)
         self.coming = PlanInForce(self._last, plan, beside)
         self._send(self.coming)
         placement = ", ".join(f"{node} {layers}" for node, layers in sorted(plan.placement.items()))
@@ -113,9 +115,16 @@ class Epochs:
 
     def welcome_back(self, nodes: Collection[NodeId]) -> None:
         """Nodes (re)joined and are measured: those of a plan in force are told of it again."""
-        for plan in (self.active, self.coming):
-            if plan is not None and any(node in plan.plan.placement for node in nodes):
-                self._send(plan)
+        for plan, other in ((self.active, self.coming), (self.coming, self.active)):
+            back = [] if plan is None else [node for node in nodes if node in plan.plan.placement]
+            if plan is None or not back:
+                continue
+            # While it was away nothing could be said of its room.
+            plan.kv_token_layers.update((node, self._room(plan.plan, node, other)) for node in back)
+            if plan is self.active:
+                for node in back:
+                    self._admission.ledger.set_capacity(node, plan.kv_token_layers[node])
+            self._send(plan)
 
     def unready_nodes(self) -> frozenset[NodeId]:
         """Nodes of the active plan that do not serve it."""
@@ -129,9 +138,7 @@ class Epochs:
             return
         if all(lease.epoch >= self.active.epoch for lease in self._admission.leases()):
             self._retire_below(self.active.epoch)
-            self.active.kv_token_layers = {
-                node: self._room(node, layers, beside=False) for node, layers in self.active.plan.placement.items()
-            }
+            self.active.kv_token_layers = self._rooms(self.active.plan, self.coming)
             self._send(self.active)
 
     def _switch_if_ready(self) -> None:
@@ -190,15 +197,21 @@ class Epochs:
                 found[other.id] = PeerAddress(other.id, other.host, other.port, dial)
         return list(found.values())
 
-    def _room(self, node: NodeId, layers: LayerRange, *, beside: bool) -> int:
-        """KV token-layers left on a node that holds `layers` (and, `beside`, what it holds now)."""
+    def _rooms(self, plan: Plan, beside: PlanInForce | None) -> dict[NodeId, int]:
+        return {node: self._room(plan, node, beside) for node in plan.placement}
+
+    def _room(self, plan: Plan, node: NodeId, beside: PlanInForce | None) -> int:
+        """KV token-layers left on a node that holds its layers of `plan`, and those of the plan it holds beside.
+
+        0 for a node that is not here now.
+        """
         known = self._fleet.nodes.get(node)
         if known is None:
             return 0
-        held = set(layers.layers())
-        old = self.active.plan.placement.get(node) if beside and self.active is not None else None
-        if old is not None:
-            held |= set(old.layers())
+        held = set(plan.placement[node].layers())
+        other = None if beside is None else beside.plan.placement.get(node)
+        if other is not None:
+            held |= set(other.layers())
         weights = self._sizes.weights_of(held)
         return max(0, (known.hardware.memory_budget_bytes - weights) // self._sizes.kv_bytes_per_token_layer)
 

@@ -1,7 +1,8 @@
 """Measuring the links: which pairs still need a probe, one probe at a time per host, bounded bytes.
 
 Workers probe each other over the sockets that carry activations; the coordinator only asks and waits. A pair that
-cannot connect is recorded with its error: the planner treats it as absent. Runs again for whoever joins.
+cannot connect is recorded with its error: the planner treats it as absent, and it is asked again, ever less often,
+until it can. Runs again for whoever joins.
 """
 
 import asyncio
@@ -14,11 +15,14 @@ from helixd.ids import PeerId
 from helixd.plan.spec import COORDINATOR
 from helixd.protocol.codec import to_frame
 from helixd.protocol.messages import Probe, Probed
+from helixd.wire.link import Link
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 10.0
+RETRY_MAX_S = 60.0
 HUB = PeerId(COORDINATOR)
+Pair = tuple[PeerId, PeerId]
 
 
 class Prober:
@@ -35,7 +39,10 @@ class Prober:
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
         self._busy_hosts: set[str] = set()
-        self._under_way: dict[tuple[PeerId, PeerId], asyncio.Future[LinkFact]] = {}
+        self._under_way: dict[Pair, asyncio.Future[LinkFact]] = {}
+        self._retry_s: dict[Pair, float] = {}
+        self._retries: dict[Pair, asyncio.Task[None]] = {}
+        self._due: dict[Pair, None] = {}
 
     @property
     def complete(self) -> bool:
@@ -43,13 +50,15 @@ class Prober:
         return not self._missing()
 
     def pump(self) -> None:
-        """Start the probes that can start now."""
-        for src, dst in self._missing():
+        """Start the probes that can start now; what was never measured goes ahead of what failed."""
+        self._due = {pair: None for pair in self._due if (known := self._fleet.links.get(pair)) and known.error}
+        for src, dst in [*self._missing(), *self._due]:
             if (src, dst) in self._under_way:
                 continue
             hosts = {self._host(src), self._host(dst)}
             if hosts & self._busy_hosts:
                 continue
+            self._due.pop((src, dst), None)
             self._busy_hosts |= hosts
             self._under_way[src, dst] = asyncio.get_running_loop().create_future()
             self._tasks.create_task(self._probe(src, dst, hosts), name=f"probe {src} -> {dst}")
@@ -63,38 +72,59 @@ class Prober:
 
     def link_lost(self, a: PeerId, b: PeerId, reason: str) -> None:
         """A data link broke: both ways are unusable until a later probe says otherwise."""
-        pairs = ((a, b), (b, a))
-        for pair in pairs:
+        for pair in ((a, b), (b, a)):
             self._fleet.links[pair] = LinkFact(0.0, 0.0, reason)
+            self._ask_again(pair)
         self._changed()
-        self._tasks.create_task(self._ask_again(pairs), name=f"probe {a} - {b} again")
-
-    async def _ask_again(self, pairs: tuple[tuple[PeerId, PeerId], ...]) -> None:
-        await asyncio.sleep(RETRY_S)
-        for pair in pairs:
-            known = self._fleet.links.get(pair)
-            if known is not None and known.error:
-                del self._fleet.links[pair]
-        self.pump()
 
     def on_peer_lost(self, peer: PeerId) -> None:
-        """Nobody answers for a peer that is gone."""
+        """Nobody answers for a peer that is gone; its next life is asked at once."""
+        self._retry_s = {pair: patience for pair, patience in self._retry_s.items() if peer not in pair}
         for pair, waiting in self._under_way.items():
             if peer in pair and not waiting.done():
                 waiting.set_result(LinkFact(0.0, 0.0, f"{peer} left"))
 
+    def _ask_again(self, pair: Pair) -> None:
+        if pair in self._retries:
+            return
+        delay_s = self._retry_s.get(pair, RETRY_S)
+        self._retry_s[pair] = min(2 * delay_s, RETRY_MAX_S)
+
+        async def later() -> None:
+            await asyncio.sleep(delay_s)
+            del self._retries[pair]
+            self._due[pair] = None
+            self.pump()
+
+        self._retries[pair] = self._tasks.create_task(later(), name=f"probe {pair[0]} -> {pair[1]} again")
+
     async def _probe(self, src: PeerId, dst: PeerId, hosts: set[str]) -> None:
+        asked = self._lives(src, dst)
         try:
             fact = await self._ask(src, dst)
         finally:
             del self._under_way[src, dst]
             self._busy_hosts -= hosts
-        if src in self._fleet.peers or dst in self._fleet.peers:
+        # What was found of a life that is over says nothing of the next one.
+        if asked is not None and asked == self._lives(src, dst):
+            before = self._fleet.links.get((src, dst))
             self._fleet.links[src, dst] = fact
             if fact.error:
-                logs.event(log, logging.WARNING, "link_unusable", src=src, dst=dst, reason=fact.error)
+                if before is None:
+                    logs.event(log, logging.WARNING, "link_unusable", src=src, dst=dst, reason=fact.error)
+                self._ask_again((src, dst))
+            else:
+                self._retry_s.pop((src, dst), None)
+            if before is None or bool(before.error) != bool(fact.error):
+                self._changed()
         self.pump()
-        self._changed()
+
+    def _lives(self, src: PeerId, dst: PeerId) -> tuple[Link | None, Link] | None:
+        """The links of both peers' present lives; None if one is gone. The coordinator is always the same."""
+        one, other = self._fleet.peers.get(src), self._fleet.peers.get(dst)
+        if other is None or (one is None and src != HUB):
+            return None
+        return (None if one is None else one.link), other.link
 
     async def _ask(self, src: PeerId, dst: PeerId) -> LinkFact:
         asked = self._fleet.peers.get(dst if src == HUB else src)

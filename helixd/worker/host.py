@@ -78,7 +78,7 @@ class NodeHost:
     ) -> None:  # fmt: skip
         """Hold `layers` for `epoch`, beside what is held already, and offer `kv_token_layers` of KV.
 
-        Nothing for an epoch that was retired before its turn came.
+        An epoch that was retired before its turn came, or while it loaded, is not served.
 
         Raises ModelError (bad weights), HelixError (no memory, with the sum).
         """
@@ -103,6 +103,10 @@ class NodeHost:
                 ) from error
             sizes = layer_bytes(self.model.config, self.model.dtype)
             self.weight_bytes_loaded += sum(sizes[layer] for layer in self.engine.loaded - before)
+            if epoch < self._live_from:
+                if self._ranges:
+                    await self._prune(self._held_by_epochs())
+                return
             self._ranges[epoch] = layers
         self.runtime.serve_epoch(epoch, layers)
 

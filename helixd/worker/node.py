@@ -177,6 +177,10 @@ class NodeRuntime:
             self._stepped.clear()
             await self._stepped.wait()
 
+    def tidy(self) -> None:
+        """Drop what came early and has waited too long; called now and then, for an idle node makes no steps."""
+        self._book.expire_early(self._now())
+
     def wake(self) -> None:
         """Something that held passes back has changed."""
         self._work.set()
@@ -221,7 +225,7 @@ class NodeRuntime:
             for local in closed:
                 self._post.to_coordinator(Closed(local.sequence, local.attempt, self.node))
             self._deliver(outcome)
-            self._book.expire_early(self._now())
+            self.tidy()
 
     def _next_step(self) -> tuple[Step | None, list[LocalSequence]]:
         closing, opens = self._closes, tuple(self._opens)

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import ParamSpec, Protocol
 
 from helixd import logs
 from helixd.errors import HelixError, PeerLost
@@ -29,6 +29,8 @@ from helixd.worker.post import PostOffice
 from helixd.worker.shaping import Shaping
 
 log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 
 LINGER_S = 30.0
 """A link that was dialled for a probe stays as long for a plan that may want it: planning takes seconds."""
@@ -92,6 +94,7 @@ class Session:
         self._fetcher = TensorFetcher(link, options.fetch_timeout_s)
         self._neighbours: set[PeerId] = set()
         self._one_probe = asyncio.Lock()
+        self._measured = asyncio.Event()
 
     async def welcome(self, message: m.Welcome, config_json: memoryview | None) -> None:
         """Get ready for the coordinator's model and tell what the devices do. Raises ModelError."""
@@ -115,6 +118,7 @@ class Session:
                     host.setup.node, list(times.prompt_layer_time_s), list(times.decode_layer_time_s)
                 )
             )  # fmt: skip
+        self._measured.set()
 
     async def on_message(self, message: m.Message, frame: Frame) -> None:
         """A message from the coordinator, after the welcome."""
@@ -126,11 +130,11 @@ class Session:
                     size_bytes = 0 if frame.payload is None else frame.payload.nbytes
                     self._shaping.inward(size_bytes, lambda: self._on_sequence(message, frame.payload))
             case m.EpochPush():
-                self._spawn(self._follow(message), f"epoch {message.epoch}")
+                self._spawn(f"epoch {message.epoch}", self._follow, message)
             case m.EpochRetire():
-                self._spawn(self._retire(Epoch(message.epoch)), f"retire below {message.epoch}")
+                self._spawn(f"retire below {message.epoch}", self._retire, Epoch(message.epoch))
             case m.Probe():
-                self._spawn(self._probe(message), f"probe {message.peer}")
+                self._spawn(f"probe {message.peer}", self._probe, message)
             case m.Fetched():
                 self._fetcher.on_fetched(message, frame.payload)
             case m.Left():
@@ -173,10 +177,12 @@ class Session:
         self._post.learn_hosts((NodeId(a.node), PeerId(a.peer)) for a in push.assignments)
         self._neighbours.update(PeerId(address.peer) for address in push.peers)
         linked = asyncio.Event()
+        # A plan made for an earlier life of this worker may come before the nodes of this one are there.
+        await self._measured.wait()
         for assignment in push.assignments:
             host = self._hosts.get(NodeId(assignment.node))
             if host is not None:
-                self._spawn(self._load(epoch, assignment, host, linked), f"load {assignment.node} for epoch {epoch}")
+                self._spawn(f"load {assignment.node} for epoch {epoch}", self._load, epoch, assignment, host, linked)
         async with asyncio.TaskGroup() as dials:
             for address in push.peers:
                 if address.dial and PeerId(address.peer) not in self._network.links:
@@ -265,11 +271,15 @@ class Session:
             if host.runtime is not None:
                 act(host.runtime)
 
-    def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
-        self._tasks.create_task(self._unless_lost(work), name=name)
+    def _spawn(
+        self, name: str, work: Callable[P, Coroutine[None, None, None]], *args: P.args, **more: P.kwargs
+    ) -> None:
+        self._tasks.create_task(self._unless_lost(work, *args, **more), name=name)
 
-    async def _unless_lost(self, work: Coroutine[None, None, None]) -> None:
+    async def _unless_lost(
+        self, work: Callable[P, Coroutine[None, None, None]], *args: P.args, **more: P.kwargs
+    ) -> None:  # fmt: skip
         try:
-            await work
+            await work(*args, **more)
         except PeerLost as error:
             logs.event(log, logging.WARNING, "peer_lost", peer=error.peer, reason=error.reason)

@@ -224,6 +224,7 @@ class Worker:
             await link.close("left")
         level = logging.INFO if self._leaving else logging.WARNING
         logs.event(log, level, "session_over", coordinator=link.peer, reason=link.closed)
+        _raise_if_cancelled()
 
     def _hello(self) -> m.Hello:
         nodes = [
@@ -256,6 +257,9 @@ class Worker:
             before = time.monotonic()
             await asyncio.sleep(self._options.status_interval_s)
             self._loop_lag_s = max(0.0, time.monotonic() - before - self._options.status_interval_s)
+            for host in self.hosts.values():
+                if host.runtime is not None:
+                    host.runtime.tidy()
             if self._session is None or self._post is None:
                 continue
             for host in self.hosts.values():
@@ -282,6 +286,13 @@ class Worker:
 
 class SessionOver(Exception):
     """Ends a TaskGroup whose work is done; never leaves this module."""
+
+
+def _raise_if_cancelled() -> None:
+    """A TaskGroup that was ending already swallows a cancellation of its task (CPython before 3.13): say it again."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _torch_version() -> str:

@@ -1,0 +1,105 @@
+"""What virtual time has found: each of these failed once."""
+
+from helixd.ids import Epoch
+from helixd.layers import LayerRange
+from helixd.protocol.messages import Activations, Part
+from tests.vtime.invariants import leaks, settle
+from tests.vtime.model import ROW_BYTES, NoWeights
+from tests.vtime.world import world
+
+
+def test_a_worker_that_is_stopped_just_when_its_coordinator_is_lost_ends():
+    with world(1) as w:
+        daemon = w.start_worker("w0")
+        w.start_worker("w1")
+        w.advance(3)  # its probed links linger: the session's tasks do not end at once
+        w.loop.do(lambda: w.network.kill(w.hub.endpoint))
+        daemon.main.cancel()
+        w.advance(5)
+        assert daemon.main.cancelled()
+        del w.workers["w0"]
+
+
+def test_nothing_is_left_of_a_link_that_was_lost():
+    with world(1) as w:
+        w.start_worker("w0")
+        w.start_worker("w1")
+        w.advance(3)
+        for _ in range(3):
+            w.reset_link("w0", "hub")
+            w.reset_link("w0", "w1")
+            w.advance(15)
+        for daemon in (w.hub, *w.workers.values()):
+            senders = [task for task in daemon.process.tasks if task.get_name().startswith("send to")]
+            assert len(senders) == len(daemon.endpoint.links)
+
+
+def test_a_node_that_was_gone_when_its_plan_came_into_force_has_kv_room_when_it_is_back():
+    with world(1) as w:
+        for name in ("w1", "w2"):
+            w.start_worker(name)
+        w.wait_until(lambda: w.coordinator.epochs.coming is not None, 10, "no plan")
+        w.stop("w2")
+        w.advance(6)
+        w.cont("w2")
+        settle(w)
+
+
+def test_a_node_that_is_lost_while_a_plan_is_made_stops_nobody_and_serves_when_it_is_back():
+    with world(1) as w:
+        for name in ("w1", "w2", "w4"):
+            w.start_worker(name)
+        w.advance(4)
+        client = w.clients.ask(tuple(range(40)), 24)
+        w.advance(0.02)
+        plan = w.coordinator.epochs.active.plan
+        lost = next(n for n in w.workers if not any(n in hop for hop in client.generation.route))
+        w.kill_worker(lost)
+        w.push(plan)
+        w.advance(0.1)
+        assert client.generation.retries == 0
+        w.start_worker(lost)
+        settle(w)
+
+
+def test_a_plan_that_comes_before_a_new_worker_is_prepared_waits_for_it():
+    with world(1) as w:
+        w.start_worker("w1")
+        w.start_worker("w2")
+        w.advance(4)
+        plan = w.coordinator.epochs.active.plan
+        w.kill_worker("w1")
+        w.start_worker("w1")
+        w.wait_until(lambda: "w1" in w.coordinator.fleet.peers, 5, "it does not join", step_s=0.001)
+        w.push(plan)  # made while the older life was there
+        w.advance(0.05)
+        settle(w)
+
+
+def test_an_idle_node_does_not_keep_what_came_early():
+    with world(1) as w:
+        w.start_worker("w1")
+        w.start_worker("w2")
+        w.advance(4)
+        (host,) = w.workers["w2"].worker.hosts.values()
+        early = Activations(w.hub.endpoint.identity.incarnation, w.coordinator.epochs.active.epoch, host.setup.node,
+                            [Part(99, 0, 5, 0, 4, sample=False)])  # fmt: skip
+        w.loop.do(lambda: host.runtime.on_activations(early, memoryview(bytes(4 * ROW_BYTES))))
+        assert leaks(w)
+        w.advance(15)
+        assert not leaks(w)
+
+
+def test_an_epoch_that_is_retired_while_it_loads_is_not_served():
+    with world(1) as w:
+        w.start_worker("w1")
+        w.start_worker("w2")
+        w.advance(4)
+        daemon = w.workers["w1"]
+        (host,) = daemon.worker.hosts.values()
+        others = LayerRange(3, 6) if host.held() == [(0, 3)] else LayerRange(0, 3)
+        daemon.process.spawn(host.load(Epoch(50), others, 500, NoWeights(), lambda done, total: None), "load")
+        w.advance(0.05)
+        daemon.process.spawn(host.retire_below(Epoch(51)), "retire")
+        w.advance(1)
+        assert not host.runtime._live_epochs
