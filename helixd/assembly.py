@@ -18,6 +18,7 @@ from helixd.api.server import Bound, create_app, serve
 from helixd.api.state import STATE
 from helixd.api.text import TextTools
 from helixd.config import Config
+from helixd.config.checks import passed_in
 from helixd.config.reload import Reload, reloaded
 from helixd.coordinator.coordinator import Coordinator
 from helixd.emulation.cluster import PREFIX as EMULATED
@@ -60,7 +61,8 @@ class Daemon:
         daemon = cls(config)
         secret = None
         if config.cluster.secret_file is not None:
-            secret = await asyncio.to_thread(read_secret, config.cluster.secret_file)
+            path = config.cluster.secret_file
+            secret = await asyncio.to_thread(read_secret, path, guarded=passed_in(path, os.environ))
         checkpoint = None
         if config.model.path:
             checkpoint = await asyncio.to_thread(_open_checkpoint, config.model.path)
@@ -98,7 +100,7 @@ class Daemon:
     async def reload(self, new: Config, env: Mapping[str, str]) -> Reload:
         """Take from `new` what can change while the daemon runs. Raises ConfigError, and then nothing has changed."""
         change = await asyncio.to_thread(reloaded, self.config, new, env)
-        api = None if self._app is None else await asyncio.to_thread(api_options, change.config)
+        api = None if self._app is None else await asyncio.to_thread(api_options, change.config, env)
         # Nothing from here on can fail.
         self.config = config = change.config
         logs.setup(config.log.level, config.log.format)
@@ -147,7 +149,7 @@ class Daemon:
         self.peer_address = await _listen(endpoint, config)
         listen = config.api.listen
         tools = TextTools(checkpoint.tokenizer, checkpoint.chat_template, checkpoint.config.vocab_size)
-        options = await asyncio.to_thread(api_options, config)
+        options = await asyncio.to_thread(api_options, config, os.environ)
         self._app = app = create_app(coordinator, tools, options)
         try:
             self.api = await stack.enter_async_context(serve(app, listen.host, listen.port))

@@ -3,9 +3,12 @@
 Reads the key file, and nothing else; starts nothing. Asked again when a configuration is read anew.
 """
 
+from collections.abc import Mapping
+
 from helixd.api.auth import load_keys
 from helixd.api.options import ApiOptions, Limits
 from helixd.config import Config
+from helixd.config.checks import passed_in
 from helixd.coordinator.coordinator import CoordinatorOptions, ServedModel
 from helixd.coordinator.planning import Pin, PlanningOptions
 from helixd.coordinator.replanning import ReplanOptions
@@ -75,12 +78,15 @@ def wire_options(config: Config) -> WireOptions:
     )
 
 
-def api_options(config: Config) -> ApiOptions:
+def api_options(config: Config, env: Mapping[str, str]) -> ApiOptions:
     """The HTTP surface's. Blocking: reads the key file. Raises ConfigError."""
     api = config.api
+    keys: frozenset[bytes] = frozenset()
+    if api.keys_file is not None:
+        keys = load_keys(api.keys_file, guarded=passed_in(api.keys_file, env))
     return ApiOptions(
         limits=Limits(n=api.limits.n),
-        key_digests=load_keys(api.keys_file) if api.keys_file is not None else frozenset(),
+        key_digests=keys,
         cors_origins=api.cors_origins,
         body_bytes=api.limits.body_bytes,
         connections=api.limits.connections,

@@ -214,3 +214,16 @@ def test_sighup_reloads_unless_the_terminal_is_gone(monkeypatch: pytest.MonkeyPa
     with open(follower, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         asyncio.run(scenario())
+
+
+def test_secrets_that_systemd_passes_in_are_used_as_they_are(made: Daemons, tmp_path: Path) -> None:
+    """Their mode shows an access list as rights of the group; their directory is what guards them."""
+    credentials = tmp_path / "credentials"
+    credentials.mkdir(mode=0o700)
+    for name, text in (("cluster-secret", "s" * 40), ("api-keys", "sesame")):
+        (credentials / name).write_text(text)
+        (credentials / name).chmod(0o440)
+    made.environ = {"CREDENTIALS_DIRECTORY": str(credentials)}
+    made.coordinator("demo")
+    made.wait(lambda: status_of(made) == 401, "the API to want a key")
+    assert status_of(made, "sesame") == 503
