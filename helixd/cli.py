@@ -120,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(documented_defaults(), end="")
         return Exit.OK
     try:
-        loaded = load(list(_overrides(arguments)), os.environ, arguments.config)
+        overrides = list(_overrides(arguments))
+        loaded = load(overrides, os.environ, arguments.config)
     except ConfigErrors as errors:
         for problem in errors.problems:
             print(f"helixd: {problem}", file=sys.stderr)
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.print_config:
         print(effective(loaded), end="")
         return Exit.OK
-    return _run(loaded.config)
+    return _run(loaded.config, lambda: load(overrides, os.environ, arguments.config).config)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -199,7 +200,7 @@ def _overrides(arguments: argparse.Namespace) -> Iterator[Override]:
         yield Override(key.strip(), value.strip(), f"--set {key.strip()}")
 
 
-def _run(config: Config) -> int:
+def _run(config: Config, read: Callable[[], Config]) -> int:
     logs.setup(config.log.level, config.log.format)
     try:
         _make_state_dir(config.node.state_dir)
@@ -208,7 +209,7 @@ def _run(config: Config) -> int:
         logs.event(logger, logging.ERROR, "state_not_writable", path=str(config.node.state_dir), reason=reason)
         return Exit.STATE_NOT_WRITABLE
     try:
-        return _load_daemon()(config)
+        return _load_daemon()(config, read)
     except ConfigError as error:
         logs.event(logger, logging.ERROR, "config_refused", reason=str(error))
         return Exit.CONFIG
@@ -222,7 +223,7 @@ def _run(config: Config) -> int:
         return Exit.INTERNAL
 
 
-def _load_daemon() -> Callable[[Config], int]:
+def _load_daemon() -> Callable[[Config, Callable[[], Config]], int]:
     """Torch takes seconds to import: only a daemon pays for it. Ctrl-C meanwhile ends the process, without a trace."""
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if interruptible:

@@ -84,15 +84,17 @@ class Daemons:
     all: dict[str, Daemon] = field(default_factory=dict)
     api: str = ""
     peers: str = ""
+    environ: dict[str, str] = field(default_factory=dict)
+    program: tuple[str, ...] = ("-m", "helixd")
 
     def start(self, name: str, *arguments: str) -> Daemon:
         log = self.home / f"{name}.log"
         words = [
-            sys.executable, "-m", "helixd", "--state-dir", str(self.home / name),
+            sys.executable, *self.program, "--state-dir", str(self.home / name),
             "--set", f"node.cache_dir={self.home / name / 'cache'}", "--set", "log.format=text",
             "--set", "device.threads=1", "--set", "cluster.timers.drain=3s", *arguments,
         ]  # fmt: skip
-        environment = {**os.environ, "HELIXD_CONFIG": os.devnull, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "HELIXD_CONFIG": os.devnull, "OMP_NUM_THREADS": "1", **self.environ}
         with log.open("ab") as out:
             process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=ROOT

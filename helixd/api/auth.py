@@ -17,13 +17,14 @@ def digest_of(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def load_keys(path: Path) -> frozenset[bytes]:
+def load_keys(path: Path, *, guarded: bool = False) -> frozenset[bytes]:
     """The digests of a key file: one key per line, `#` starts a comment line.
 
-    Raises ConfigError for a file that others can read, that cannot be read, or that holds no key.
+    Raises ConfigError for a file that others can read (unless it is `guarded` by its directory), that cannot be read,
+    or that holds no key.
     """
     try:
-        if path.stat().st_mode & 0o077:
+        if path.stat().st_mode & 0o077 and not guarded:
             raise ConfigError(f"{path}: others can read this key file; run chmod 600 on it")
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from aiohttp import hdrs, web
+from aiohttp import StreamReader, hdrs, web
 
 from helixd.api.errors import JSON_TYPE, ApiError
 from helixd.api.options import ApiOptions
@@ -32,15 +32,23 @@ async def read_body(request: web.Request, options: ApiOptions) -> bytes:
         request.writer.output_size = 0
     try:
         async with asyncio.timeout(options.body_timeout_s):
-            return await request.read()
+            return await _read_up_to(request.content, options.body_bytes)
     except TimeoutError:
         raise ApiError(
             408, f"The request body did not arrive within {options.body_timeout_s:g} s.", code="timeout"
         ) from None
-    except web.HTTPRequestEntityTooLarge:
-        raise too_large(options.body_bytes) from None
     except web.RequestPayloadError:
         raise ApiError(400, "The request body broke off or is not framed as its headers say.") from None
+
+
+async def _read_up_to(content: StreamReader, limit_bytes: int) -> bytes:
+    # aiohttp's own limit is fixed when the application is made.
+    body = bytearray()
+    while chunk := await content.readany():
+        body += chunk
+        if len(body) > limit_bytes:
+            raise too_large(limit_bytes)
+    return bytes(body)
 
 
 def too_large(limit_bytes: int) -> ApiError:

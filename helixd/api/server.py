@@ -51,7 +51,6 @@ def create_app(
     """The application. `registry`: where other rooms' figures are; /metrics shows all of it."""
     app = web.Application(
         middlewares=[shape_errors, answer_preflight, require_key],
-        client_max_size=options.body_bytes,
     )
     app[STATE] = ApiState(
         service=service,
@@ -113,7 +112,12 @@ async def serve(
             raise RuntimeError("aiohttp's runner has no server after its setup")
         loop = asyncio.get_running_loop()
         listener = await loop.create_server(
-            lambda: Connection(server, options, loop), host, port, ssl=ssl_context, backlog=256, reuse_address=True
+            lambda: Connection(server, app[STATE].options, loop),
+            host,
+            port,
+            ssl=ssl_context,
+            backlog=256,
+            reuse_address=True,
         )
         try:
             name = listener.sockets[0].getsockname()

@@ -24,7 +24,7 @@ class InFlight:
     """How many generation requests are in flight, of each key and in all; the open API's have no limit here."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._counts: Counter[str] = Counter()
         self._none_left = asyncio.Event()
         self._none_left.set()
@@ -32,10 +32,10 @@ class InFlight:
     @contextmanager
     def slot(self, client: str) -> Iterator[None]:
         """One request's place. Raises a 429 when the key has no place left."""
-        if client and self._counts[client] >= self._limit:
+        if client and self._counts[client] >= self.limit:
             raise ApiError(
                 429,
-                f"This key has {self._limit} requests in flight, which is the limit; wait for one to end.",
+                f"This key has {self.limit} requests in flight, which is the limit; wait for one to end.",
                 code="rate_limit_exceeded",
                 headers={"Retry-After": "1"},
             )
@@ -55,9 +55,12 @@ class InFlight:
         await self._none_left.wait()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ApiState:
-    """`created`: when the API started, in seconds since the epoch, which is what OpenAI's `created` fields hold."""
+    """`options` may change while the API runs, for what begins then; nothing else does.
+
+    `created`: when the API started, in seconds since the epoch, which is what OpenAI's `created` fields hold.
+    """
 
     service: Service
     text: TextTools
@@ -66,6 +69,11 @@ class ApiState:
     threads: TextThreads
     in_flight: InFlight
     created: int
+
+    def reconfigure(self, options: ApiOptions) -> None:
+        """Answer by these options from now on. Threads and the names of figures stay as they are."""
+        self.options = options
+        self.in_flight.limit = options.per_key_in_flight
 
     def target(self) -> Target:
         """What requests are checked against now."""

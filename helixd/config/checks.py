@@ -75,11 +75,16 @@ def _private_file(key: KeyPath, path: Path | None, least_bytes: int, env: Mappin
         return
     if status.st_size < least_bytes:
         yield (key,), f"{name}: {path} holds {status.st_size} bytes; it takes at least {least_bytes}"
-    # systemd guards its credentials by the directory; their own mode can show an access list as group rights.
-    passed_in = env.get("CREDENTIALS_DIRECTORY") and path.is_relative_to(env["CREDENTIALS_DIRECTORY"])
-    if status.st_mode & 0o077 and not passed_in:
+    if status.st_mode & 0o077 and not passed_in(path, env):
         mode = stat.S_IMODE(status.st_mode)
         yield (key,), f"{name}: {path} can be read by others (mode {mode:04o}); run chmod 600 {path}"
+
+
+def passed_in(path: Path, env: Mapping[str, str]) -> bool:
+    """Whether systemd passed the file in: it guards credentials by their directory, and the file's own mode can show an
+    access list as rights of the group."""
+    directory = env.get("CREDENTIALS_DIRECTORY")
+    return bool(directory) and path.is_relative_to(str(directory))
 
 
 def _limits(config: Config) -> Iterator[Finding]:

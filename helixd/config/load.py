@@ -59,7 +59,7 @@ def load(overrides: Sequence[Override], env: Mapping[str, str], file: Path | Non
             bad.add(setting.path)
             problems.append(Problem(setting.origin, f"{'.'.join(setting.path)}: {error}"))
 
-    config, derived = derive(_build(Config, (), values), env)
+    config, derived = derive(build(Config, (), values), env)
     # Without the file's keys, what the checks miss would be noise.
     if file_is_read:
         for keys, message in check(config, env):
@@ -71,15 +71,16 @@ def load(overrides: Sequence[Override], env: Mapping[str, str], file: Path | Non
     return Loaded(config, {**origins, **derived}, path)
 
 
-def _build(cls: type[Any], path: KeyPath, values: Mapping[KeyPath, object]) -> Any:
+def build(cls: type[Any], path: KeyPath, values: Mapping[KeyPath, object]) -> Any:
+    """The section `cls` at `path` with the values given for its keys, and defaults for the rest."""
     arguments: dict[str, object] = {
         spec.attribute: values[spec.path] for spec in own_keys(cls, path) if spec.path in values
     }
     for item in fields(cls):
         inner = (*path, item.name)
         if "section" in item.metadata:
-            arguments[item.name] = _build(item.metadata["section"], inner, values)
+            arguments[item.name] = build(item.metadata["section"], inner, values)
         elif "entries" in item.metadata:
             names = dict.fromkeys(key[len(inner)] for key in values if key[: len(inner)] == inner)
-            arguments[item.name] = {name: _build(item.metadata["entries"], (*inner, name), values) for name in names}
+            arguments[item.name] = {name: build(item.metadata["entries"], (*inner, name), values) for name in names}
     return cls(**arguments)

@@ -54,6 +54,11 @@ class Admission:
 
     # -- what the coordinator says -----------------------------------------------------------------------------------
 
+    def reconfigure(self, queue_limit: int, failover_wait_s: float) -> None:
+        """Another limit of the line and another patience, for whoever waits or comes."""
+        self._queue_limit, self._failover_wait_s = queue_limit, failover_wait_s
+        self._changed.set()
+
     def use_plan(self, epoch: Epoch, router: Router | None) -> None:
         """Draw from this plan from now on; None: there is none, everybody waits."""
         self._epoch, self._router = epoch, router

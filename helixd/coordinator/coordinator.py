@@ -129,6 +129,14 @@ class Coordinator:
         for run in self._requests:
             run.give_up(Failed("shutting_down", "the server is stopping and did not finish this request"))
 
+    def reconfigure(self, options: CoordinatorOptions) -> None:
+        """Go by these options from now on: what the line, steps and moves are allowed. Requests that run keep theirs.
+
+        Plans, batches and probes go on as before.
+        """
+        self.options = options
+        self.admission.reconfigure(options.queue, options.failover_wait_s)
+
     # -- Service -----------------------------------------------------------------------------------------------------
 
     @property

@@ -205,10 +205,11 @@ def closed_error(where: str, code: int, reason: str) -> Exception:
     return PeerLost(where, f"closed the connection during the handshake ({code} {reason})".replace(" )", ")"))
 
 
-def read_secret(path: Path) -> bytes:
+def read_secret(path: Path, *, guarded: bool = False) -> bytes:
     """The cluster secret in `path`, stripped of surrounding white space.
 
-    Raises ConfigError if it cannot be read, if others than its owner may access it, or below 32 bytes.
+    Raises ConfigError if it cannot be read, if others than its owner may access it (unless it is `guarded` by its
+    directory), or below 32 bytes.
     """
     try:
         with path.open("rb") as file:
@@ -216,7 +217,7 @@ def read_secret(path: Path) -> bytes:
             secret = file.read(64 * 1024).strip()
     except OSError as error:
         raise ConfigError(f"cluster secret {path} cannot be read: {error.strerror or error}") from error
-    if mode & 0o077:
+    if mode & 0o077 and not guarded:
         raise ConfigError(f"cluster secret {path} has mode {mode & 0o777:o}; run: chmod 600 {path}")
     if len(secret) < MIN_SECRET_BYTES:
         raise ConfigError(

@@ -20,13 +20,14 @@ from helixd.worker.threads import ComputeThread
 
 
 class NodeHost:
-    """The one owner of a device."""
+    """The one owner of a device. `loading`: how many of how many parts of a range are loaded; None: nothing loads."""
 
     def __init__(self, setup: NodeSetup, backend: Backend) -> None:
         self.setup = setup
         self.model: ModelSetup | None = None
         self.runtime: NodeRuntime | None = None
         self.weight_bytes_loaded = 0
+        self.loading: tuple[int, int] | None = None
         self._backend = backend
         self._thread = ComputeThread(f"compute-{setup.node}")
         self._loader = ComputeThread(f"load-{setup.node}")
@@ -89,10 +90,15 @@ class NodeHost:
                 return
             await self._prune({*self._held_by_epochs(), *layers.layers()})
             before = self.engine.loaded
+
+            def tell(done: int, total: int) -> None:
+                self.loading = done, total
+                progress(done, total)
+
             try:
                 await self._loader.run(
                     self.engine.load, layers, source, embedding=layers.start == 0,
-                    head=layers.end == self.model.config.num_layers, progress=progress,
+                    head=layers.end == self.model.config.num_layers, progress=tell,
                 )  # fmt: skip
                 await self._thread.run(self.engine.set_kv_capacity, kv_token_layers)
                 await self._loader.run(self._backend.trim)
@@ -101,6 +107,8 @@ class NodeHost:
                     f"node {self.setup.node} could not load layers {layers} on {self.setup.device}: {error}; "
                     f"lower device.memory (now {self.setup.memory_budget_bytes / 2**30:.2f} GiB)"
                 ) from error
+            finally:
+                self.loading = None
             sizes = layer_bytes(self.model.config, self.model.dtype)
             self.weight_bytes_loaded += sum(sizes[layer] for layer in self.engine.loaded - before)
             if epoch < self._live_from:

@@ -32,6 +32,7 @@ from helixd.protocol.messages import (
 from helixd.worker.backend import StageCompute
 from helixd.worker.batcher import Batcher, BatchLimits, Pass
 from helixd.worker.inbox import Early, LocalSequence, SequenceBook
+from helixd.worker.pace import StepPace
 from helixd.worker.steps import DrawnToken, ScoredPass, Step, StepOutcome
 from helixd.worker.threads import ComputeThread
 
@@ -74,7 +75,7 @@ class NodeRuntime:
         self._opens: list[SequenceSpec] = []
         self._closes: list[tuple[SequenceId, LocalSequence]] = []
         self._work = asyncio.Event()
-        self._step_started_s: float | None = None
+        self._pace = StepPace()
         self._stepped = asyncio.Event()
 
     # -- what the worker's session says ------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ class NodeRuntime:
 
     async def settled(self) -> None:
         """Wait until what was closed so far is closed in the engine too."""
-        while self._closes or self._step_started_s is not None:
+        while self._closes or self._pace.started_s is not None:
             self._stepped.clear()
             await self._stepped.wait()
 
@@ -204,8 +205,16 @@ class NodeRuntime:
 
     def oldest_work_age_s(self) -> float:
         """How long the oldest queued or running pass has waited; 0 when idle."""
-        starts = [at for at in (self._batcher.oldest_arrival_s(), self._step_started_s) if at is not None]
+        starts = [at for at in (self._batcher.oldest_arrival_s(), self._pace.started_s) if at is not None]
         return self._now() - min(starts) if starts else 0.0
+
+    def overdue(self, limit_s: float) -> float | None:
+        """The age of a step that takes longer than any that ends, in seconds; None while all is well."""
+        return self._pace.overdue(self._now(), limit_s)
+
+    def excuse(self, seconds: float) -> None:
+        """The whole process stood still for so long."""
+        self._pace.excuse(seconds)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -217,9 +226,9 @@ class NodeRuntime:
                 self._work.clear()
                 await self._work.wait()
                 continue
-            self._step_started_s = self._now()
+            self._pace.begin(self._now())
             outcome = await self.thread.run(self.compute.run, step)
-            self._step_started_s = None
+            self._pace.end(self._now())
             self.steps_done += 1
             self._stepped.set()
             for local in closed:

@@ -86,6 +86,26 @@ class Worker:
         """Whether a coordinator has welcomed this worker."""
         return self._session is not None
 
+    @property
+    def status(self) -> str:
+        """What this worker is doing, in words."""
+        if self._session is None:
+            return "leaving" if self._leaving else "looking for a coordinator"
+        return f"joined {self._session.link.peer}; {', '.join(map(_of_host, self.hosts.values()))}"
+
+    def overdue(self, limit_s: float, stood_still_s: float = 0.0) -> tuple[NodeId, float] | None:
+        """The first device that hangs, with its step's age in seconds; None while all is well.
+
+        `stood_still_s`: for how long just now the whole process could not run.
+        """
+        for node, host in self.hosts.items():
+            if host.runtime is not None:
+                host.runtime.excuse(stood_still_s)
+                age_s = host.runtime.overdue(limit_s)
+                if age_s is not None:
+                    return node, age_s
+        return None
+
     # -- the network's hooks -----------------------------------------------------------------------------------------
 
     def on_link(self, link: Link) -> Callable[[Link, Frame], Coroutine[None, None, None]]:
@@ -293,6 +313,13 @@ def _raise_if_cancelled() -> None:
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
+
+
+def _of_host(host: NodeHost) -> str:
+    loading, held = host.loading, ", ".join(f"[{start}, {end})" for start, end in host.held())
+    if loading is not None:
+        return f"{host.setup.node} loading {loading[0]}/{loading[1]}"
+    return f"{host.setup.node} holds layers {held}" if held else f"{host.setup.node} holds nothing"
 
 
 def _torch_version() -> str:

@@ -100,3 +100,21 @@ def test_a_state_directory_in_use_is_named(made: Daemons) -> None:
     assert ended(other) == Exit.STATE_NOT_WRITABLE
     assert "another helixd uses the state directory" in other.text
     assert "--state-dir" in other.text
+
+
+def test_what_keeps_a_daemon_from_starting_is_its_status(made: Daemons, tmp_path: Path) -> None:
+    """The others are 0 (above), 70 (a device that hangs), 77 (turned away) and 130 (interrupted while starting)."""
+    model = tmp_path / "m"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (tmp_path / "file").touch()
+    started = {
+        Exit.USAGE: made.start("usage", "--no-such-flag"),
+        Exit.BAD_MODEL: made.start("model", "--role", "coordinator", "--model", str(model), "--listen", "127.0.0.1:0"),
+        Exit.STATE_NOT_WRITABLE: made.start("state", "--model", "demo", "--state-dir", str(tmp_path / "file" / "s")),
+        Exit.CONFIG: made.start("config", "--model", "demo", "--set", "api.limits.n=0"),
+    }
+    assert {ended(daemon) for daemon in started.values()} == set(started), [d.text for d in started.values()]
+    for status, daemon in started.items():
+        assert ended(daemon) == status, daemon.text
+        assert "Traceback" not in daemon.text

@@ -18,7 +18,7 @@ from helixd.config.load import SCHEMA
 from helixd.errors import ConfigError, ModelError
 from helixd.exits import Exit
 
-DaemonRun = Callable[[Config], int]
+DaemonRun = Callable[[Config, Callable[[], Config]], int]
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> Callable[[DaemonRun], None]:
 
 def test_flags_reach_the_daemon(daemon: Callable[[DaemonRun], None], tmp_path: Path) -> None:
     seen: list[Config] = []
-    daemon(lambda config: seen.append(config) or 0)
+    daemon(lambda config, _read: seen.append(config) or 0)
     arguments = "--model demo --name a --listen 127.0.0.1:1 --peer-listen 127.0.0.1:2 --memory 1GiB --device cuda:0 cpu"
     assert cli.main([*arguments.split(), "--set", "log.level = error", "--set=engine.kv_fraction=0.5"]) == Exit.OK
     (config,) = seen
@@ -63,7 +63,7 @@ def test_a_worker_from_flags(daemon: Callable[[DaemonRun], None], tmp_path: Path
     secret.write_text("s" * 40)
     secret.chmod(0o600)
     seen: list[Config] = []
-    daemon(lambda config: seen.append(config) or 0)
+    daemon(lambda config, _read: seen.append(config) or 0)
     arguments = f"--role worker --coordinator 10.0.0.1:7070 --secret-file {secret} --state-dir {tmp_path / 'w'}"
     assert cli.main(arguments.split()) == Exit.OK
     assert (str(seen[0].cluster.coordinator), seen[0].cluster.secret_file) == ("10.0.0.1:7070", secret)
@@ -71,7 +71,7 @@ def test_a_worker_from_flags(daemon: Callable[[DaemonRun], None], tmp_path: Path
 
 
 def _raises(error: BaseException) -> DaemonRun:
-    def run(_config: Config) -> int:
+    def run(_config: Config, _read: Callable[[], Config]) -> int:
         raise error
 
     return run
@@ -80,8 +80,8 @@ def _raises(error: BaseException) -> DaemonRun:
 @pytest.mark.parametrize(
     ("run", "status"),
     [
-        (lambda _config: 0, 0),
-        (lambda _config: Exit.REJECTED, 77),
+        (lambda _config, _read: 0, 0),
+        (lambda _config, _read: Exit.REJECTED, 77),
         (_raises(ModelError("tensor x is missing")), 65),
         (_raises(ConfigError("no such device cuda:9")), 78),
         (_raises(RuntimeError("a bug")), 70),
@@ -103,7 +103,7 @@ def test_a_state_directory_that_takes_no_files(
     tmp_path: Path, daemon: Callable[[DaemonRun], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    daemon(lambda _config: pytest.fail("the daemon must not start"))
+    daemon(lambda _config, _read: pytest.fail("the daemon must not start"))
     assert cli.main(["--model", "demo", "--state-dir", str(tmp_path / "file" / "below")]) == Exit.STATE_NOT_WRITABLE
     assert "state_not_writable" in capsys.readouterr().err
 

@@ -33,6 +33,6 @@ def reads(*files: str) -> frozenset[tuple[str, str]]:
 
 @pytest.mark.parametrize("path", sorted(SCHEMA.keys), ids=".".join)
 def test_a_key_is_read(path: KeyPath) -> None:
-    files = (f"config/{WITHIN[path]}",) if path in WITHIN else ("daemon.py", "cli.py")
+    files = (f"config/{WITHIN[path]}",) if path in WITHIN else ("assembly.py", "settings.py", "daemon.py", "cli.py")
     holder = path[-2] if len(path) > 1 else "self"
     assert (holder, SCHEMA.keys[path].attribute) in reads(*files)

@@ -23,6 +23,7 @@ MAY = {
     "coordinator": {"plan", "route", "solver", "wire", "model", "protocol"},
     "api": {"coordinator", "model"},
     "config": set(),
+    "service": set(),
     "sim": {"plan", "route"},
     "emulation": {"engine", "model", "plan", "worker"},
     "commands": {"plan", "solver", "model", "config", "exits"},

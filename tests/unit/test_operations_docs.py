@@ -1,0 +1,34 @@
+"""docs/operations.md and --help say what the daemon does: statuses, and the keys a reload takes."""
+
+import re
+from pathlib import Path
+
+from helixd.cli import build_parser
+from helixd.config.reload import RELOADABLE
+from helixd.exits import Exit
+
+ROOT = Path(__file__).parents[2]
+DOCS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+
+
+# 66 and 69 are those of `helixd plan`.
+DAEMONS = set(Exit) - {Exit.NO_INPUT, Exit.INFEASIBLE}
+
+
+def section(title: str) -> str:
+    return DOCS.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_every_status_is_documented_and_restarted_as_documented() -> None:
+    rows = dict(re.findall(r"^\| (\d+) \|.*\| (yes|no|) ?\|$", section("Exit statuses"), re.MULTILINE))
+    assert set(map(int, rows)) == DAEMONS
+    unit = (ROOT / "scripts" / "systemd" / "helixd.service").read_text(encoding="utf-8")
+    [prevented] = re.findall(r"^RestartPreventExitStatus=(.*)$", unit, re.MULTILINE)
+    assert {status for status, again in rows.items() if again == "no"} == set(prevented.split())
+    told = build_parser().format_help().split("exit status:")[1]
+    assert set(map(int, re.findall(r"\b\d+\b", told))) == DAEMONS
+
+
+def test_the_keys_a_reload_takes_are_documented() -> None:
+    table = section("Reloading").split("| Keys |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`([\w.]+)`", table)) == {".".join(path) for path in RELOADABLE}
