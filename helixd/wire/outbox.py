@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 
 from helixd.errors import PeerLost
+from helixd.wire.errors import FrameError
 from helixd.wire.link import Frame, Link
 
 FRAME_OVERHEAD_BYTES = 256
@@ -28,7 +29,6 @@ class Outbox:
         self._bytes = 0
         self._more = asyncio.Event()
         self._overflow = False
-        self._closed = False
 
     @property
     def congested(self) -> bool:
@@ -37,7 +37,7 @@ class Outbox:
 
     def post(self, frame: Frame) -> None:
         """Queue a frame. Never waits; over the hard bound the link is closed instead."""
-        if self.link.closed is not None or self._overflow or self._closed:
+        if self.link.closed is not None or self._overflow:
             return
         self._frames.append(frame)
         self._bytes += _cost(frame)
@@ -46,15 +46,9 @@ class Outbox:
             self._frames.clear()
         self._more.set()
 
-    def close(self) -> None:
-        """The link is over: forget what waits, and let `run` end. Whoever owns the outbox hears of that first."""
-        self._closed = True
-        self._frames.clear()
-        self._more.set()
-
     async def run(self) -> None:
         """Send until the link closes."""
-        while not self._closed:
+        while True:
             await self._more.wait()
             if self._overflow:
                 await self.link.close(f"{self._hard_bytes >> 20} MiB wait for this peer and it takes nothing")
@@ -68,6 +62,11 @@ class Outbox:
             except PeerLost:
                 # Whoever watches the link is told by its on_lost handler; here only the queue ends.
                 self._frames.clear()
+                return
+            except FrameError as error:
+                # A peer that grants too little for what it must hear cannot follow any more; nobody else is to suffer.
+                self._frames.clear()
+                await self.link.close(f"what must be said next cannot be sent: {error}")
                 return
             was_congested = self.congested
             self._bytes -= _cost(frame)
