@@ -130,10 +130,11 @@ class Replanner:
             return "first"
         usable = {node.id for node in spec.nodes}
         current = {n: r for n, r in now_in_force.plan.placement.items() if n in usable}
-        if current == dict(plan.placement):
-            return None
+        # Also with the placement as it is: who is left may need hops that the schedules do not have.
         if self._epochs.coming is None and not self._admission.has_pipeline() and self._has_failed_or_lost():
             return "the pipeline is lost"
+        if current == dict(plan.placement):
+            return None
         flows = FlowModel(spec)
         kept = flows.value(current)
         if kept <= 0:
@@ -145,9 +146,11 @@ class Replanner:
         return None
 
     def _has_failed_or_lost(self) -> bool:
+        """Whether waiting for the active plan's nodes is of no use: some are gone or failed, or none is on its way."""
         active = self._epochs.active
         if active is None:
             return True
         lost = [n for n in active.plan.placement if n not in self._fleet.nodes]
         failed = [n for n, state in active.states.items() if state.state == "failed"]
-        return bool(lost or failed)
+        waiting = [n for n in active.plan.placement if n not in active.states or active.states[n].state == "loading"]
+        return bool(lost or failed or not waiting)

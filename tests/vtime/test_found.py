@@ -1,5 +1,7 @@
 """What virtual time has found: each of these failed once."""
 
+from dataclasses import replace
+
 from helixd.ids import Epoch, NodeId
 from helixd.layers import LayerRange
 from helixd.protocol.messages import Activations, Part
@@ -132,4 +134,38 @@ def test_a_sequence_that_grows_out_of_its_node_goes_on_where_there_is_room_in_wh
         asked = [w.clients.ask(tuple(range(at, at + 90)), 60, seed=at) for at in range(3)]
         w.wait_until(lambda: not w.clients.running, 90, "it takes too long")
         assert [client.outcome for client in asked] == ["finished"] * 3
+        settle(w)
+
+
+def test_a_placement_that_still_covers_all_layers_gets_the_hops_it_needs_when_others_leave():
+    with world(1) as w:
+        for name in ("w0", "w1", "w4"):
+            w.start_worker(name)
+        w.advance(4)
+        placement = {NodeId("w1"): LayerRange(0, 3), NodeId("w0"): LayerRange(3, 6), NodeId("w4"): LayerRange(3, 6)}
+        plan = plan_of(w.spec(), placement)
+        only = {v: tuple(hop for hop in hops if hop.node != "w4") for v, hops in plan.schedule.items() if v != "w4"}
+        w.push(replace(plan, schedule=only))
+        w.advance(2)
+        w.leave("w0")
+        w.advance(2)
+        w.forget_left()
+        settle(w)
+
+
+def test_a_link_that_is_lost_is_planned_around_with_the_placement_there_is():
+    with world(1) as w:
+        for name in ("w0", "w1", "w4"):
+            w.start_worker(name)
+        w.advance(4)
+        placement = {NodeId("w1"): LayerRange(0, 3), NodeId("w0"): LayerRange(3, 6), NodeId("w4"): LayerRange(3, 6)}
+        plan = plan_of(w.spec(), placement)
+        only = {v: tuple(hop for hop in hops if hop.node != "w4") for v, hops in plan.schedule.items() if v != "w4"}
+        w.push(replace(plan, schedule=only))
+        w.advance(2)
+        w.cut_off("w0", "w1")
+        w.advance(8)
+        client = w.clients.ask((1, 2, 3), 5)
+        w.wait_until(lambda: client.outcome is not None, 10, "nothing goes around the link")
+        assert client.outcome == "finished"
         settle(w)
