@@ -40,7 +40,7 @@ class Admission:
         self, queue_limit: int, failover_wait_s: float, mean_output_tokens: float,
         masks: Callable[[], tuple[Collection[NodeId], Collection[Link]]],
     ) -> None:  # fmt: skip
-        self.ledger = KvLedger({})
+        self.ledger = KvLedger({}, page_tokens=KV_PAGE_TOKENS)
         self._queue: AdmissionQueue[_Waiter] = AdmissionQueue(EVERYBODY)
         self._queue_limit = queue_limit
         self._failover_wait_s = failover_wait_s
@@ -177,7 +177,11 @@ class Admission:
         ]
         if len(here) > 1:
             run, lease = max(here, key=lambda held: held[0].order)
-            run.deliver(Broken(lease.attempt, "kv_full", reason))
+            run.deliver(Broken(lease.attempt, "preempted", reason))
+
+    def shares(self, node: NodeId, sequence: SequenceId) -> bool:
+        """Whether others have KV on a node, or had and did not confirm yet that it is free."""
+        return any(other != sequence for other, _ in self.ledger.holders(node))
 
     # -- the line ----------------------------------------------------------------------------------------------------
 

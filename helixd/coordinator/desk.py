@@ -26,6 +26,9 @@ from helixd.wire.outbox import Outbox
 
 log = logging.getLogger(__name__)
 
+STAGE_CODES = frozenset({"kv_full", "stale_epoch", "link_lost", "compute", "order"})
+"""What a worker may say of a stage; any other word counts as `compute`: some reasons of our own are free of charge."""
+
 Greeting = Callable[[], tuple[m.Welcome, memoryview]]
 
 
@@ -47,7 +50,7 @@ class WorkerDesk:
         self._weights = weights
         self._greeting = greeting
         self._tasks = tasks
-        self._outboxes: dict[Link, Outbox] = {}
+        self._senders: dict[Link, asyncio.Task[None]] = {}
 
     def on_link(self, link: Link) -> FrameHandler:
         """A worker connected; it is nobody until its hello."""
@@ -55,9 +58,7 @@ class WorkerDesk:
 
     def on_lost(self, link: Link, reason: str) -> None:
         """A worker's link closed: what it held is gone, its sequences move."""
-        outbox = self._outboxes.pop(link, None)
-        if outbox is not None:
-            outbox.close()
+        self._stop_sending(link)
         peer = self._fleet.remove(link.peer, link)
         if peer is None:
             return
@@ -126,10 +127,9 @@ class WorkerDesk:
                 raise ProtocolError(f"a worker must not send {type(message).__name__}")
 
     def _on_hello(self, link: Link, hello: m.Hello) -> None:
-        outbox = self._outboxes.get(link)
-        if outbox is None:
-            outbox = self._outboxes[link] = Outbox(link, lambda: None)
-            self._tasks.create_task(outbox.run(), name=f"send to {link.peer}")
+        outbox = Outbox(link, lambda: None)
+        self._stop_sending(link)
+        self._senders[link] = self._tasks.create_task(outbox.run(), name=f"send to {link.peer}")
         wrong = self._why_not(hello)
         old = self._fleet.peers.get(link.peer)
         if wrong is None and old is not None and old.link is not link:
@@ -150,6 +150,11 @@ class WorkerDesk:
         )  # fmt: skip
         welcome, config_json = self._greeting()
         outbox.post(to_frame(welcome, config_json))
+
+    def _stop_sending(self, link: Link) -> None:
+        sender = self._senders.pop(link, None)
+        if sender is not None:
+            sender.cancel()
 
     def _why_not(self, hello: m.Hello) -> m.Refused | None:
         welcome, _ = self._greeting()
@@ -201,12 +206,15 @@ class WorkerDesk:
             log, logging.INFO, "sequence_broken", sequence=run.id, request=run.request_id, node=message.node,
             code=message.code, reason=message.message,
         )  # fmt: skip
-        if message.code == "kv_full":
+        code = message.code if message.code in STAGE_CODES else "compute"
+        if code == "kv_full":
             self.preemptions += 1
+            if self._admission.shares(NodeId(message.node), run.id):
+                code = "preempted"
             self._admission.relieve(NodeId(message.node), "an older sequence needs its KV room")
         else:
             self.failovers += 1
-        run.deliver(Broken(Attempt(message.attempt), message.code, message.message))
+        run.deliver(Broken(Attempt(message.attempt), code, message.message))
 
     def _on_link_lost(self, peer: Peer, message: m.LinkLost) -> None:
         other = PeerId(message.peer)

@@ -155,11 +155,12 @@ class Replanner:
         now_in_force = self._epochs.coming or self._epochs.active
         if now_in_force is None:
             return "first"
+        # Also with the placement as it is: who is left may need hops that the schedules do not have.
+        if self._epochs.coming is None and not self._admission.has_pipeline() and self._has_failed_or_lost():
+            return "the pipeline is lost"
         usable = {node.id for node in self._fleet.ready_nodes()}
         if {n: r for n, r in now_in_force.plan.placement.items() if n in usable} == dict(plan.placement):
             return None
-        if self._epochs.coming is None and not self._admission.has_pipeline() and self._has_failed_or_lost():
-            return "the pipeline is lost"
         if kept is None:
             return "the pipeline is lost"
         found = gain(kept, plan)
@@ -179,9 +180,11 @@ class Replanner:
         self._later = asyncio.get_running_loop().call_later(in_s, self._changed.set)
 
     def _has_failed_or_lost(self) -> bool:
+        """Whether waiting for the active plan's nodes is of no use: some are gone or failed, or none is on its way."""
         active = self._epochs.active
         if active is None:
             return True
         lost = [n for n in active.plan.placement if n not in self._fleet.nodes]
         failed = [n for n, state in active.states.items() if state.state == "failed"]
-        return bool(lost or failed)
+        waiting = [n for n in active.plan.placement if n not in active.states or active.states[n].state == "loading"]
+        return bool(lost or failed or not waiting)

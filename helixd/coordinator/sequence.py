@@ -22,7 +22,7 @@ from helixd.sampling import TokenLogprobs
 
 INBOX_LIMIT = 4096
 ROWS_PER_STEP_DEADLINE = 512
-PREEMPTIONS = frozenset({"kv_full", "draining", "moved"})
+PREEMPTIONS = frozenset({"preempted", "kv_full", "draining", "moved"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,10 @@ class ScoresArrived:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """The attempt cannot go on. `code` as in `StageFailed`, or peer_lost, link_lost, draining, moved, timeout."""
+    """The attempt cannot go on. `code` as in `StageFailed`, or peer_lost, preempted, draining, moved, timeout.
+
+    `kv_full` is said of a sequence that has the node's KV cache to itself, `preempted` of one that makes room.
+    """
 
     attempt: Attempt
     code: str
@@ -179,7 +182,8 @@ class SequenceRun:
                 await self._attempt(await self._hub.acquire(self))
             except AttemptBroken as broken:
                 self.last_break = f"{broken.code}: {broken}"
-                # A preempted attempt that got nowhere counts too: one that never fits must not be tried for ever.
+                # Alone with a KV cache that is full before a token is drawn: one that never fits must not be tried for
+                # ever. Who only makes room for others waits its turn, however often.
                 if broken.code not in PREEMPTIONS or (broken.code == "kv_full" and self.tokens == before):
                     self.migrations += 1
                 if self.migrations > self._limits.max_migrations:

@@ -2,7 +2,7 @@
 
 A reservation is what a sequence is expected to grow to. It is given back exactly once per (sequence, attempt, node),
 when the worker says it freed the KV, when the node starts a new life, or when a lease ends. Workers keep the hard
-limit; `over` tells who has to be relieved.
+limit; `over` tells who has to be relieved. Workers give KV out in pages of `page_tokens`, so that is what is counted.
 """
 
 from collections.abc import Mapping
@@ -27,9 +27,14 @@ class KvLedger:
     A sequence alone on a node may take all of it, so that the mark never makes a sequence unservable.
     """
 
-    def __init__(self, capacity_token_layers: Mapping[NodeId, int], *, high_water: float = 0.9) -> None:
+    def __init__(
+        self, capacity_token_layers: Mapping[NodeId, int], *, high_water: float = 0.9, page_tokens: int = 1
+    ) -> None:
         if not 0 < high_water <= 1:
             raise ValueError(f"high_water must be in (0, 1], is {high_water}")
+        if page_tokens < 1:
+            raise ValueError(f"page_tokens must be at least 1, is {page_tokens}")
+        self._page_tokens = page_tokens
         self._capacity = dict(capacity_token_layers)
         self._high_water = high_water
         self._held: dict[NodeId, dict[_Key, _Held]] = {}
@@ -64,17 +69,17 @@ class KvLedger:
 
     def affordable_tokens(self, node: NodeId, layers: int) -> int:
         """The most tokens one sequence can ever hold in `layers` layers of `node`, were it alone there."""
-        return self.capacity(node) // layers
+        return self.capacity(node) // (layers * self._page_tokens) * self._page_tokens
 
     def fits(self, node: NodeId, layers: int, tokens: int) -> bool:
         """Whether a new sequence may be admitted there now."""
-        need, capacity, used = layers * tokens, self.capacity(node), self.used(node)
+        need, capacity, used = layers * self._paged(tokens), self.capacity(node), self.used(node)
         return used + need <= (capacity * self._high_water if used else capacity)
 
     def reserve(
         self, sequence: SequenceId, node: NodeId, layers: int, tokens: int, *, attempt: Attempt = _FIRST
     ) -> None:
-        """Reserve `layers * tokens`. Raises OutOfKv if it does not fit, ValueError if the attempt holds some there."""
+        """Reserve `layers * tokens` in whole pages. Raises OutOfKv if it does not fit, ValueError if it holds some there."""
         if not self.fits(node, layers, tokens):
             raise OutOfKv(
                 f"node {node} has no room for {layers} layers x {tokens} tokens: "
@@ -83,7 +88,7 @@ class KvLedger:
         held = self._held.setdefault(node, {})
         if (sequence, attempt) in held:
             raise ValueError(f"sequence {sequence} attempt {attempt} already holds KV on {node}")
-        key = (sequence, attempt)
+        key, tokens = (sequence, attempt), self._paged(tokens)
         held[key] = self._where.setdefault(key, {})[node] = _Held(layers, tokens)
         self._attempts.setdefault(sequence, set()).add(attempt)
         self._used[node] = self.used(node) + layers * tokens
@@ -94,6 +99,7 @@ class KvLedger:
         Returns the nodes of the sequence that are over their capacity now; somebody there has to give way.
         """
         over: list[NodeId] = []
+        tokens = self._paged(tokens)
         for node, held in self._where.get((sequence, attempt), {}).items():
             if tokens > held.tokens:
                 self._used[node] += held.layers * (tokens - held.tokens)
@@ -127,6 +133,9 @@ class KvLedger:
     def over(self) -> tuple[NodeId, ...]:
         """Nodes that hold more than their capacity."""
         return tuple(node for node, used in self._used.items() if used > self.capacity(node))
+
+    def _paged(self, tokens: int) -> int:
+        return -(-tokens // self._page_tokens) * self._page_tokens
 
     def _keys(self, sequence: SequenceId, attempt: Attempt | None) -> list[_Key]:
         return [(sequence, known) for known in sorted(self._attempts.get(sequence, ())) if attempt in (None, known)]

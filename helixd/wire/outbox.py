@@ -29,7 +29,6 @@ class Outbox:
         self._bytes = 0
         self._more = asyncio.Event()
         self._overflow = False
-        self._closed = False
 
     @property
     def congested(self) -> bool:
@@ -38,7 +37,7 @@ class Outbox:
 
     def post(self, frame: Frame) -> None:
         """Queue a frame. Never waits; over the hard bound the link is closed instead."""
-        if self.link.closed is not None or self._overflow or self._closed:
+        if self.link.closed is not None or self._overflow:
             return
         self._frames.append(frame)
         self._bytes += _cost(frame)
@@ -47,15 +46,9 @@ class Outbox:
             self._frames.clear()
         self._more.set()
 
-    def close(self) -> None:
-        """The link is over: forget what waits, and let `run` end. Whoever owns the outbox hears of that first."""
-        self._closed = True
-        self._frames.clear()
-        self._more.set()
-
     async def run(self) -> None:
         """Send until the link closes."""
-        while not self._closed:
+        while True:
             await self._more.wait()
             if self._overflow:
                 await self.link.close(f"{self._hard_bytes >> 20} MiB wait for this peer and it takes nothing")

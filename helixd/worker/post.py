@@ -32,6 +32,7 @@ class PostOffice:
         self._wake = wake
         self._shaping = shaping
         self._boxes: dict[PeerId, Outbox] = {}
+        self._senders: dict[Link, asyncio.Task[None]] = {}
         self._hosts: dict[NodeId, PeerId] = {}
         self._coordinator: PeerId | None = None
 
@@ -46,17 +47,16 @@ class PostOffice:
     def add_link(self, link: Link) -> None:
         """Start sending over a new link; it takes the place of an older one to the same peer."""
         box = Outbox(link, self._wake)
-        older = self._boxes.get(link.peer)
-        if older is not None:
-            older.close()
         self._boxes[link.peer] = box
-        self._tasks.create_task(box.run(), name=f"send to {link.peer}")
+        self._senders[link] = self._tasks.create_task(box.run(), name=f"send to {link.peer}")
 
     def drop_link(self, link: Link) -> None:
         """The link closed."""
+        sender = self._senders.pop(link, None)
+        if sender is not None:
+            sender.cancel()
         box = self._boxes.get(link.peer)
         if box is not None and box.link is link:
-            box.close()
             del self._boxes[link.peer]
 
     def reaches(self, node: NodeId) -> bool:

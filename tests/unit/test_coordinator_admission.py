@@ -276,9 +276,11 @@ async def test_an_overfull_node_sends_its_youngest_away_and_never_its_only_one()
         made.admission.progressed(old.lease, 2 * PAGE)
         assert not runs[0].told
         made.admission.progressed(old.lease, 2 * PAGE + 1)
-        assert [broken.code for broken in runs[0].told] == ["kv_full"]
+        assert [broken.code for broken in runs[0].told] == ["preempted"]
+        assert made.admission.shares(A, old.id)
         assert not old.told
         made.free(runs[0])
+        assert not made.admission.shares(A, old.id)
         made.admission.progressed(old.lease, 9 * PAGE)
         assert not old.told
 

@@ -237,6 +237,19 @@ async def test_preemption_is_free_while_the_sequence_gets_on_and_not_for_ever_wh
     assert stuck.workers.leases == stuck.workers.released
 
 
+async def test_who_makes_room_for_others_is_never_given_up() -> None:
+    def at_last(workers: Workers, step: int) -> bool:
+        if len(workers.leases) < 20:
+            workers.breaks("preempted")
+            return False
+        return True
+
+    made = world(workers=Workers(at_last))
+    await made.run.run()
+    assert made.tokens == continued((1, 2, 3), 5)
+    assert made.run.migrations == 0
+
+
 async def test_silence_is_a_broken_route() -> None:
     def once(workers: Workers, step: int) -> bool:
         return len(workers.leases) > 1
@@ -373,7 +386,7 @@ async def test_only_the_first_choice_scores_the_prompt() -> None:
     assert events == [Finished(1, "length", 0)]
 
 
-codes = st.sampled_from(["peer_lost", "link_lost", "kv_full", "moved", "draining", "compute"])
+codes = st.sampled_from(["peer_lost", "link_lost", "kv_full", "preempted", "moved", "draining", "compute"])
 
 
 @settings(max_examples=150, deadline=None)

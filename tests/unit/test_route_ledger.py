@@ -24,6 +24,23 @@ def test_alone_a_sequence_may_take_all(tokens: int, fits: bool) -> None:
     assert ledger.affordable_tokens(A, 2) == 50
 
 
+def test_kv_is_counted_in_whole_pages() -> None:
+    ledger = KvLedger({A: 1000}, high_water=1.0, page_tokens=64)
+    assert ledger.affordable_tokens(A, 6) == 128
+    assert ledger.fits(A, 6, 128)
+    assert not ledger.fits(A, 6, 129)
+    ledger.reserve(ONE, A, 3, 65)
+    assert ledger.used(A) == 3 * 128
+    assert ledger.grow(ONE, 128) == ()
+    assert ledger.used(A) == 3 * 128
+    assert ledger.grow(ONE, 129) == ()
+    assert ledger.used(A) == 3 * 192
+    assert ledger.grow(ONE, 321) == (A,)
+    assert ledger.release(ONE, A) == 3 * 384
+    with pytest.raises(ValueError, match="page_tokens"):
+        KvLedger({}, page_tokens=0)
+
+
 def test_what_does_not_fit_is_refused_and_leaves_no_trace() -> None:
     ledger = KvLedger({A: 100})
     with pytest.raises(OutOfKv, match="node a has no room for 3 layers x 50 tokens"):

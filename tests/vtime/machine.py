@@ -3,12 +3,11 @@
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from helixd.coordinator.planning import build_spec
 from helixd.layers import LayerRange
 from helixd.plan.plan import Infeasible
 from tests.vtime.invariants import check, settle
 from tests.vtime.planner import most_layers, plan_of
-from tests.vtime.world import COORDINATOR, HUB, MACHINES, NUM_LAYERS, world
+from tests.vtime.world import HUB, MACHINES, NUM_LAYERS, world
 
 NAMES = sorted(MACHINES)
 PEERS = [HUB, *NAMES]
@@ -61,6 +60,12 @@ class ClusterMachine(RuleBasedStateMachine):
             prompt, max_tokens if score else max(1, max_tokens), logprobs=logprobs, score=score, deadline_s=deadline_s,
             read_delay_s=read_delay_s, stop_at=stop_at,
         )  # fmt: skip
+        self.world.advance(wait_s)
+
+    @rule(count=st.integers(2, 8), length=st.integers(20, 90), max_tokens=st.integers(8, 60), wait_s=TIMES)
+    def burst(self, count: int, length: int, max_tokens: int, wait_s: float) -> None:
+        for at in range(count):
+            self.world.clients.ask(tuple(range(at, at + length)), max_tokens, seed=at)
         self.world.advance(wait_s)
 
     @precondition(lambda self: self.world.clients.running)
@@ -135,8 +140,7 @@ class ClusterMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), wait_s=TIMES)
     def replan(self, data: st.DataObject, wait_s: float) -> None:
-        c = self.world.coordinator
-        spec = build_spec(c.fleet, c.model.name, c.sizes, COORDINATOR.planning, c.epochs.holding())
+        spec = self.world.spec()
         placement = {}
         for node in spec.nodes:
             size = data.draw(st.integers(0, most_layers(spec, node)))

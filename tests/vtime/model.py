@@ -26,6 +26,7 @@ ROW_BYTES = 8
 PAGE_TOKENS = 64
 LOAD_LAYER_S = 0.05
 MEASURE_S = 0.2
+STEP_S, ROW_S = 0.02, 0.0005
 
 Complain = Callable[[str], None]
 
@@ -249,7 +250,7 @@ class HashCompute:
         for group, (items, together) in onward.items():
             packed = b"".join(row.to_bytes(ROW_BYTES, "little") for row in together)
             outcome.rows.append((group, items, memoryview(packed)))
-        self._loop.spend(0.002 + 0.0002 * rows_done)
+        self._loop.spend(STEP_S + ROW_S * rows_done)
         return outcome
 
 

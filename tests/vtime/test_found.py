@@ -1,11 +1,14 @@
 """What virtual time has found: each of these failed once."""
 
-from helixd.ids import Epoch
+from dataclasses import replace
+
+from helixd.ids import Epoch, NodeId
 from helixd.layers import LayerRange
 from helixd.protocol.messages import Activations, Part
 from tests.vtime.invariants import leaks, settle
 from tests.vtime.model import ROW_BYTES, NoWeights
-from tests.vtime.world import world
+from tests.vtime.planner import plan_of
+from tests.vtime.world import MACHINES, world
 
 
 def test_a_worker_that_is_stopped_just_when_its_coordinator_is_lost_ends():
@@ -103,3 +106,66 @@ def test_an_epoch_that_is_retired_while_it_loads_is_not_served():
         daemon.process.spawn(host.retire_below(Epoch(51)), "retire")
         w.advance(1)
         assert not host.runtime._live_epochs
+
+
+def test_a_burst_that_does_not_fit_at_once_is_answered_whole_without_a_fault():
+    with world(1) as w:
+        for name in MACHINES:
+            w.start_worker(name)
+        w.advance(4)
+        asked = [w.clients.ask(tuple(range(at, at + 48)), 59, seed=at) for at in range(8)]
+        w.advance(0.1)
+        asked += [w.clients.ask(tuple(range(at, at + 63)), 13, seed=at) for at in range(12)]
+        w.wait_until(lambda: not w.clients.running, 60, "it takes too long")
+        assert [client.outcome for client in asked] == ["finished"] * len(asked)
+        assert w.coordinator.desk.preemptions > 0
+        settle(w)
+
+
+def test_a_sequence_that_grows_out_of_its_node_goes_on_where_there_is_room_in_whole_pages():
+    with world(1) as w:
+        for name in ("w0", "w1", "w4"):
+            w.start_worker(name)
+        w.advance(4)
+        placement = {NodeId(n): LayerRange(*r) for n, r in {"w0": (0, 4), "w1": (4, 6), "w4": (0, 6)}.items()}
+        w.push(plan_of(w.spec(), placement))
+        w.advance(2)
+        # w4 has room for 181 tokens in all six layers, which is two whole pages and not a third.
+        asked = [w.clients.ask(tuple(range(at, at + 90)), 60, seed=at) for at in range(3)]
+        w.wait_until(lambda: not w.clients.running, 90, "it takes too long")
+        assert [client.outcome for client in asked] == ["finished"] * 3
+        settle(w)
+
+
+def test_a_placement_that_still_covers_all_layers_gets_the_hops_it_needs_when_others_leave():
+    with world(1) as w:
+        for name in ("w0", "w1", "w4"):
+            w.start_worker(name)
+        w.advance(4)
+        placement = {NodeId("w1"): LayerRange(0, 3), NodeId("w0"): LayerRange(3, 6), NodeId("w4"): LayerRange(3, 6)}
+        plan = plan_of(w.spec(), placement)
+        only = {v: tuple(hop for hop in hops if hop.node != "w4") for v, hops in plan.schedule.items() if v != "w4"}
+        w.push(replace(plan, schedule=only))
+        w.advance(2)
+        w.leave("w0")
+        w.advance(2)
+        w.forget_left()
+        settle(w)
+
+
+def test_a_link_that_is_lost_is_planned_around_with_the_placement_there_is():
+    with world(1) as w:
+        for name in ("w0", "w1", "w4"):
+            w.start_worker(name)
+        w.advance(4)
+        placement = {NodeId("w1"): LayerRange(0, 3), NodeId("w0"): LayerRange(3, 6), NodeId("w4"): LayerRange(3, 6)}
+        plan = plan_of(w.spec(), placement)
+        only = {v: tuple(hop for hop in hops if hop.node != "w4") for v, hops in plan.schedule.items() if v != "w4"}
+        w.push(replace(plan, schedule=only))
+        w.advance(2)
+        w.cut_off("w0", "w1")
+        w.advance(8)
+        client = w.clients.ask((1, 2, 3), 5)
+        w.wait_until(lambda: client.outcome is not None, 10, "nothing goes around the link")
+        assert client.outcome == "finished"
+        settle(w)

@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 from helixd.coordinator.coordinator import Coordinator, CoordinatorOptions, ServedModel
-from helixd.coordinator.planning import ModelSizes, PlanningOptions
+from helixd.coordinator.planning import ModelSizes, PlanningOptions, build_spec
 from helixd.coordinator.replanning import ReplanOptions
 from helixd.ids import Epoch, Incarnation, NodeId, PeerId
 from helixd.layers import LayerRange
@@ -44,7 +44,7 @@ LINKS = LinkConditions(latency_s=0.001, bandwidth_bytes_per_s=1e6)
 COORDINATOR = CoordinatorOptions(
     max_batch_sequences=4, max_batch_tokens=24, prefill_chunk_tokens=16, step_s=8.0, failover_wait_s=20.0,
     probe_bytes=64 << 10, probe_timeout_s=10.0,
-    planning=PlanningOptions(workload=WorkloadSpec(min_kv_tokens=128.0)),
+    planning=PlanningOptions(workload=WorkloadSpec(mean_output_tokens=4.0, min_kv_tokens=128.0)),
     replan=ReplanOptions(settle_s=0.3, cooldown_s=5.0),
 )  # fmt: skip
 
@@ -234,6 +234,11 @@ class World:
         return [HUB, *self.workers]
 
     # -- plans -------------------------------------------------------------------------------------------------------
+
+    def spec(self) -> ClusterSpec:
+        """The cluster as the coordinator would plan it now."""
+        c = self.coordinator
+        return build_spec(c.fleet, c.model.name, c.sizes, COORDINATOR.planning, c.epochs.holding())
 
     def push(self, plan: Plan) -> None:
         """Let the coordinator switch to this plan."""
