@@ -1,8 +1,9 @@
 """What vendors print about common GPUs, chips and processors: memory, its bandwidth, arithmetic per second.
 
-Source of every row: the vendor's datasheet or architecture white paper, read as figures; dense rates (no sparsity),
-matrix units with 32-bit accumulation where the vendor tells them apart. Vendors of unified-memory chips and of
-processors publish no rate: cores x clock x operations per cycle. Nothing here was measured.
+Figures as vendors' datasheets and white papers are known to give them, rounded; the rows were not each compared with
+the sheet again. Dense rates (no sparsity), matrix units with 32-bit accumulation where the vendor tells them apart.
+Vendors of unified-memory chips and of processors publish no rate: cores x clock x operations per cycle. Nothing here
+was measured: four devices were held against published layer times (see `helixd.plan.roofline`).
 """
 
 from collections.abc import Mapping
