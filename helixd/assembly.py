@@ -9,7 +9,9 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
+from ssl import SSLContext
 
 from aiohttp import web
 
@@ -27,8 +29,9 @@ from helixd.emulation.links import ShapedLinks
 from helixd.errors import ConfigError
 from helixd.ids import NodeId, PeerId
 from helixd.model.checkpoint import Checkpoint, resolve_model
-from helixd.settings import api_options, coordinator_options, served_model, wire_options
+from helixd.settings import api_options, api_pair, coordinator_options, peer_tls, served_model, wire_options
 from helixd.state import StateDir
+from helixd.tls import KeyPair, PeerTls, api_context
 from helixd.wire.endpoint import Endpoint
 from helixd.wire.handshake import read_secret
 from helixd.wire.link import Link
@@ -51,6 +54,8 @@ class Daemon:
         self.api: Bound | None = None
         self.draining = False
         self._app: web.Application | None = None
+        self._api_tls: SSLContext | None = None
+        self._peer_tls: PeerTls | None = None
         self.peer_address: tuple[str, int] | None = None
 
     @classmethod
@@ -63,6 +68,7 @@ class Daemon:
         if config.cluster.secret_file is not None:
             path = config.cluster.secret_file
             secret = await asyncio.to_thread(read_secret, path, guarded=passed_in(path, os.environ))
+        daemon._peer_tls = await asyncio.to_thread(peer_tls, config)
         checkpoint = None
         if config.model.path:
             checkpoint = await asyncio.to_thread(_open_checkpoint, config.model.path)
@@ -71,6 +77,7 @@ class Daemon:
         if config.coordinates:
             assert checkpoint is not None
             hub = await daemon._start_coordinator(state, secret, checkpoint, tasks, stack)
+        _warn_of_exposure(config)
         if config.computes:
             await daemon._start_worker(state, secret, checkpoint, hub, tasks, stack)
         return daemon
@@ -101,6 +108,7 @@ class Daemon:
         """Take from `new` what can change while the daemon runs. Raises ConfigError, and then nothing has changed."""
         change = await asyncio.to_thread(reloaded, self.config, new, env)
         api = None if self._app is None else await asyncio.to_thread(api_options, change.config, env)
+        change = await asyncio.to_thread(self._take_certificates, change)
         # Nothing from here on can fail.
         self.config = config = change.config
         logs.setup(config.log.level, config.log.format)
@@ -108,6 +116,20 @@ class Daemon:
             self._app[STATE].reconfigure(api)
         if self.coordinator is not None:
             self.coordinator.reconfigure(coordinator_options(config))
+        return change
+
+    def _take_certificates(self, change: Reload) -> Reload:
+        # Both are read before either is used.
+        config, pair = change.config, api_pair(change.config)
+        if self._api_tls is not None and pair is not None:
+            api_context(pair)
+        tls = config.cluster.tls
+        if self._peer_tls is not None and tls.ca is not None and tls.cert is not None and tls.key is not None:
+            whole = self._peer_tls.refresh(tls.ca, KeyPair(tls.cert, tls.key))
+            if not whole:
+                change = replace(change, waiting=(*change.waiting, "cluster.tls.ca"))
+        if self._api_tls is not None and pair is not None:
+            pair.load_into(self._api_tls)
         return change
 
     def overdue(self, stood_still_s: float) -> tuple[NodeId, float] | None:
@@ -138,6 +160,7 @@ class Daemon:
         endpoint = Endpoint(
             identity, wire_options(config), secret, lambda peer, incarnation: None,
             lambda link: parts[0].on_link(link), lambda link, reason: parts[0].on_lost(link, reason),
+            self._certified(state.peer),
         )  # fmt: skip
         coordinator = Coordinator(
             tasks, endpoint, served_model(config, checkpoint), coordinator_options(config), state.epoch,
@@ -151,8 +174,12 @@ class Daemon:
         tools = TextTools(checkpoint.tokenizer, checkpoint.chat_template, checkpoint.config.vocab_size)
         options = await asyncio.to_thread(api_options, config, os.environ)
         self._app = app = create_app(coordinator, tools, options)
+        pair = api_pair(config)
+        if pair is not None:
+            self._api_tls = await asyncio.to_thread(api_context, pair)
         try:
-            self.api = await stack.enter_async_context(serve(app, listen.host, listen.port))
+            serving = serve(app, listen.host, listen.port, ssl_context=self._api_tls)
+            self.api = await stack.enter_async_context(serving)
         except OSError as error:
             raise ConfigError(_cannot_listen("api.listen", "--listen", listen.host, listen.port, error)) from error
         coordinator.start()
@@ -160,9 +187,16 @@ class Daemon:
             log, logging.INFO, "serving", model=coordinator.model_name, api=self.api.url,
             peers="{}:{}".format(*self.peer_address), peer=state.peer, epoch=state.epoch,
         )  # fmt: skip
-        if config.cluster.secret_file is None and not config.cluster.listen.loopback:
-            logs.event(log, logging.WARNING, "cluster_open", listen=str(config.cluster.listen))
         return endpoint
+
+    def _certified(self, peer: PeerId) -> PeerTls | None:
+        tls = self._peer_tls
+        if tls is not None and peer not in tls.names:
+            raise ConfigError(
+                f"cluster.tls.cert speaks for {', '.join(sorted(tls.names)) or 'nobody'}, but this daemon is {peer};"
+                " set node.id, or have that name put into the certificate's subjectAltName"
+            )
+        return tls
 
     async def _start_worker(
         self, state: StateDir, secret: bytes | None, checkpoint: Checkpoint | None, hub: Endpoint | None,
@@ -175,6 +209,7 @@ class Daemon:
         endpoint = Endpoint(
             PeerIdentity(peer, state.incarnation), wire_options(config), secret, lambda peer, incarnation: None,
             lambda link: parts[0].on_link(link), lambda link, reason: parts[0].on_lost(link, reason),
+            self._certified(peer),
         )  # fmt: skip
         advertise = config.cluster.advertise if hub is None else None
         host, port = config.cluster.listen.host, config.cluster.listen.port if hub is None else 0
@@ -240,6 +275,14 @@ def _devices(
 def emulated_devices(config: Config) -> list[str]:
     """The configured devices that only take the time."""
     return [name for name in config.device.devices if name.startswith(EMULATED)]
+
+
+def _warn_of_exposure(config: Config) -> None:
+    cluster = config.cluster
+    if cluster.listen.loopback or cluster.tls.on:
+        return
+    name = "cluster_open" if cluster.secret_file is None else "cluster_not_encrypted"
+    logs.event(log, logging.WARNING, name, listen=str(cluster.listen))
 
 
 async def _end(task: asyncio.Task[None]) -> None:

@@ -16,6 +16,7 @@ from helixd.errors import ConfigError
 from helixd.model.checkpoint import Checkpoint
 from helixd.model.tokenizer import IncrementalDetokenizer
 from helixd.plan.spec import WorkloadSpec
+from helixd.tls import KeyPair, PeerTls
 from helixd.wire.options import WireOptions
 
 LEAST_KV_TOKENS = 256
@@ -78,6 +79,20 @@ def wire_options(config: Config) -> WireOptions:
         chunk_bytes=cluster.chunk_bytes,
         bulk_window_bytes=cluster.window_bytes,
     )
+
+
+def peer_tls(config: Config) -> PeerTls | None:
+    """The peer links' encryption, if there is one. Blocking. Raises ConfigError."""
+    tls = config.cluster.tls
+    if tls.ca is None or tls.cert is None or tls.key is None:
+        return None
+    return PeerTls.load(tls.ca, KeyPair(tls.cert, tls.key))
+
+
+def api_pair(config: Config) -> KeyPair | None:
+    """The API's certificate, if it has one."""
+    tls = config.api.tls
+    return None if tls.cert is None or tls.key is None else KeyPair(tls.cert, tls.key)
 
 
 def api_options(config: Config, env: Mapping[str, str]) -> ApiOptions:

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -86,6 +87,8 @@ class Daemons:
     peers: str = ""
     environ: dict[str, str] = field(default_factory=dict)
     program: tuple[str, ...] = ("-m", "helixd")
+    scheme: str = "http"
+    context: ssl.SSLContext | None = None
 
     def start(self, name: str, *arguments: str) -> Daemon:
         log = self.home / f"{name}.log"
@@ -141,13 +144,13 @@ class Daemons:
 
     def post(self, path: str, body: object) -> Any:
         request = urllib.request.Request(
-            f"http://{self.api}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"{self.scheme}://{self.api}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=30, context=self.context) as answer:
             return json.load(answer)
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"http://{self.api}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.scheme}://{self.api}{path}", timeout=10, context=self.context) as answer:
             return json.load(answer)
 
     def wait_ready(self, within_s: float = 90.0) -> None:
@@ -211,11 +214,11 @@ class Stream:
 
     def __init__(self, made: Daemons, body: dict[str, object]) -> None:
         request = urllib.request.Request(
-            f"http://{made.api}/v1/completions",
+            f"{made.scheme}://{made.api}/v1/completions",
             json.dumps({"temperature": 0, "logprobs": 0, "ignore_eos": True, **body}).encode(),
             {"Content-Type": "application/json"},
         )
-        self.answer = urllib.request.urlopen(request, timeout=120)
+        self.answer = urllib.request.urlopen(request, timeout=120, context=made.context)
         self.route = self.answer.headers.get("x-helixd-route", "")
         self.text = ""
         self.pieces = 0

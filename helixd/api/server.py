@@ -37,12 +37,13 @@ class Bound:
 
     host: str
     port: int
+    encrypted: bool = False
 
     @property
     def url(self) -> str:
-        """`http://host:port`, with an IPv6 host in brackets."""
+        """`http://host:port` (or https), with an IPv6 host in brackets."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        return f"{'https' if self.encrypted else 'http'}://{host}:{self.port}"
 
 
 def create_app(
@@ -116,12 +117,13 @@ async def serve(
             host,
             port,
             ssl=ssl_context,
+            ssl_handshake_timeout=None if ssl_context is None else options.headers_timeout_s,
             backlog=256,
             reuse_address=True,
         )
         try:
             name = listener.sockets[0].getsockname()
-            yield Bound(name[0], name[1])
+            yield Bound(name[0], name[1], ssl_context is not None)
         finally:
             listener.close()
     finally:

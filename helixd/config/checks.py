@@ -20,6 +20,10 @@ def check(config: Config, env: Mapping[str, str]) -> Iterator[Finding]:
     yield from _exposure(config)
     yield from _private_file(("cluster", "secret_file"), config.cluster.secret_file, MIN_SECRET_BYTES, env)
     yield from _private_file(("api", "keys_file"), config.api.keys_file, 1, env)
+    yield from _tls(
+        ("cluster", "tls"), {"ca": config.cluster.tls.ca, "cert": config.cluster.tls.cert}, config.cluster.tls.key, env
+    )
+    yield from _tls(("api", "tls"), {"cert": config.api.tls.cert}, config.api.tls.key, env)
     yield from _limits(config)
     for name, pin in config.planner.pins.items():
         yield from _pin(("planner", "pins", name), pin)
@@ -42,7 +46,7 @@ def _role(config: Config) -> Iterator[Finding]:
 
 def _exposure(config: Config) -> Iterator[Finding]:
     cluster, api = config.cluster, config.api
-    if not (cluster.listen.loopback or cluster.secret_file or cluster.insecure_open):
+    if not (cluster.listen.loopback or cluster.secret_file or cluster.tls.on or cluster.insecure_open):
         yield (
             (
                 ("cluster", "listen"),
@@ -50,8 +54,8 @@ def _exposure(config: Config) -> Iterator[Finding]:
                 ("cluster", "insecure_open"),
                 ("cluster", "coordinator"),
             ),
-            f"cluster.listen is {cluster.listen}, which other machines reach: give cluster.secret_file, listen on"
-            " 127.0.0.1, or set cluster.insecure_open = true if anybody may join",
+            f"cluster.listen is {cluster.listen}, which other machines reach: give cluster.secret_file or"
+            " cluster.tls, listen on 127.0.0.1, or set cluster.insecure_open = true if anybody may join",
         )
     if config.coordinates and not (api.listen.loopback or api.keys_file or api.insecure_open):
         yield (
@@ -78,6 +82,22 @@ def _private_file(key: KeyPath, path: Path | None, least_bytes: int, env: Mappin
     if status.st_mode & 0o077 and not passed_in(path, env):
         mode = stat.S_IMODE(status.st_mode)
         yield (key,), f"{name}: {path} can be read by others (mode {mode:04o}); run chmod 600 {path}"
+
+
+def _tls(
+    section: KeyPath, public: Mapping[str, Path | None], private: Path | None, env: Mapping[str, str]
+) -> Iterator[Finding]:
+    files = {**public, "key": private}
+    missing = [name for name, path in files.items() if path is None]
+    name = ".".join(section)
+    if missing and len(missing) < len(files):
+        keys = tuple((*section, key) for key, path in files.items() if path is not None)
+        yield keys, f"{name}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; give all, or none"
+        return
+    for key, path in public.items():
+        if path is not None and not path.is_file():
+            yield ((*section, key),), f"{name}.{key}: {path} is not a file"
+    yield from _private_file((*section, "key"), private, 1, env)
 
 
 def passed_in(path: Path, env: Mapping[str, str]) -> bool:

@@ -20,6 +20,7 @@ RELOADABLE = frozenset(
         ("api", "keys_file"),
         ("api", "cors_origins"),
         *(path for path in SCHEMA.keys if path[:2] == ("api", "limits")),
+        *(path for path in SCHEMA.keys if path[1:-1] == ("tls",)),
         ("cluster", "timers", "step"),
         ("cluster", "timers", "failover_wait"),
         ("cluster", "timers", "max_migrations"),
@@ -44,9 +45,12 @@ def reloaded(old: Config, new: Config, env: Mapping[str, str]) -> Reload:
     """
     before, after = dict(_values(old)), dict(_values(new))
     changed = [path for path in {**before, **after} if before.get(path) != after.get(path)]
-    applied = [path for path in changed if path in RELOADABLE]
+    # A listening socket takes other certificates, but neither begins nor ends to speak TLS.
+    fixed = {("api", "tls")} if old.api.tls.on != new.api.tls.on else set()
+    fixed |= {("cluster", "tls")} if old.cluster.tls.on != new.cluster.tls.on else set()
+    applied = [path for path in changed if path in RELOADABLE and path[:-1] not in fixed]
     config: Config = build(Config, (), before | {path: after[path] for path in applied})
-    waiting = [path for path in changed if path not in RELOADABLE]
+    waiting = [path for path in changed if path not in applied]
     problems = [Problem("", message) for _, message in check(config, env)]
     if problems and waiting:
         keys = ", ".join(map(_dotted, waiting))

@@ -86,6 +86,21 @@ class ApiLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class ApiTls:
+    """TLS for the API. With it clients use https; they show API keys, not certificates."""
+
+    cert: Path | None = key(
+        None, kinds.OPTIONAL_PATH, "Certificate, with those between it and its authority, PEM. Empty: no TLS."
+    )
+    key: Path | None = key(None, kinds.OPTIONAL_PATH, "Its private key without a passphrase, PEM, mode 0600.")
+
+    @property
+    def on(self) -> bool:
+        """Whether the API speaks TLS."""
+        return self.cert is not None
+
+
+@dataclass(frozen=True, slots=True)
 class ApiConfig:
     """The OpenAI-compatible HTTP API. The coordinator serves it."""
 
@@ -98,6 +113,7 @@ class ApiConfig:
     cors_origins: tuple[str, ...] = key((), kinds.STRINGS, "Browser origins that may call the API. Empty: none.")
     insecure_open: bool = key(False, kinds.BOOLEAN, "Serve a non-loopback address without keys, to anybody.")
     limits: ApiLimits = section(ApiLimits)
+    tls: ApiTls = section(ApiTls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +130,27 @@ class ClusterTimers:
     max_migrations: int = key(3, kinds.integer(0), "How often one sequence may move to another route.")
     drain_s: float = key(120.0, kinds.duration(zero=True), "Longest a stopping daemon waits for running requests.")
     join_retry_max_s: float = key(5.0, kinds.duration(), "Longest pause between a worker's tries to join.")
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterTls:
+    """TLS between daemons: links are encrypted, and each side shows a certificate.
+
+    With it no secret is needed; if there is one, both are asked for. All three keys, or none.
+    """
+
+    ca: Path | None = key(
+        None, kinds.OPTIONAL_PATH, "The cluster's own authority, PEM. Whoever it signed may join. Empty: no TLS."
+    )
+    cert: Path | None = key(
+        None, kinds.OPTIONAL_PATH, "This daemon's certificate, PEM. node.id is a DNS name in its subjectAltName."
+    )
+    key: Path | None = key(None, kinds.OPTIONAL_PATH, "Its private key without a passphrase, PEM, mode 0600.")
+
+    @property
+    def on(self) -> bool:
+        """Whether links use TLS."""
+        return self.ca is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +171,12 @@ class ClusterConfig:
     )  # fmt: skip
     secret_file: Path | None = key(
         None, kinds.OPTIONAL_PATH,
-        "File with the secret all daemons of the cluster share, mode 0600. Needed when listen is not loopback. Empty:"
-        " $CREDENTIALS_DIRECTORY/cluster-secret if that exists, else no secret.",
+        "File with the secret all daemons of the cluster share, mode 0600. Needed when listen is not loopback and there"
+        " is no cluster.tls. Empty: $CREDENTIALS_DIRECTORY/cluster-secret if that exists, else no secret.",
     )  # fmt: skip
-    insecure_open: bool = key(False, kinds.BOOLEAN, "Let any daemon join over a non-loopback address without a secret.")
+    insecure_open: bool = key(
+        False, kinds.BOOLEAN, "Let any daemon join over a non-loopback address without secret or TLS."
+    )
     chunk_bytes: int = key(256 * 2**10, kinds.size(4096, 16 * 2**20), "Activations travel in pieces of this size.")
     window_bytes: int = key(
         16 * 2**20, kinds.size(4096), "Bytes a link may have under way before the receiver must have taken some."
@@ -146,6 +185,7 @@ class ClusterConfig:
         4 * 2**20, kinds.size(64 << 10), "Bytes one measurement of a link's bandwidth sends, at most."
     )
     timers: ClusterTimers = section(ClusterTimers)
+    tls: ClusterTls = section(ClusterTls)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 from aiohttp import ClientWebSocketResponse, web
 
+from helixd.tls import certified_names
 from helixd.wire.stream import MessageStream
 
 
@@ -36,6 +37,11 @@ class Channel:
         """The peer's address as this side sees it ("" when unknown)."""
         peername = self._transport.get_extra_info("peername")
         return str(peername[0]) if isinstance(peername, tuple) and peername else ""
+
+    @property
+    def certified_names(self) -> frozenset[str]:
+        """Who the peer's certificate speaks for; empty without TLS."""
+        return certified_names(self._transport.get_extra_info("peercert"))
 
     def take_over(self, max_message_bytes: int, read_ahead_bytes: int, places: bool) -> MessageStream:
         """Read and write this websocket ourselves from now on; the peer must be quiet at this moment."""

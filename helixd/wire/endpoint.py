@@ -19,6 +19,7 @@ from aiohttp import web
 from helixd import logs
 from helixd.errors import HelixError, PeerLost
 from helixd.ids import PeerId
+from helixd.tls import PeerTls
 from helixd.wire.channel import Channel, PeerClientWebSocket
 from helixd.wire.counters import LinkCounters
 from helixd.wire.errors import AuthRejected, CloseCode, FrameError, PeerRefused, VersionMismatch
@@ -64,8 +65,9 @@ class _Incoming:
 class Endpoint:
     """A `PeerNetwork` over websockets. An async context manager; every task it starts ends with it.
 
-    `secret` None means an empty key: whoever reaches the port gets in, so the caller must have decided that this is
-    wanted. `accept` is asked about incoming peers after they have proven the secret.
+    `secret` None means an empty key: whoever reaches the port (and has a certificate, with `tls`) gets in, so the
+    caller must have decided that this is wanted. `tls`: every link is encrypted, and a peer is who its certificate
+    speaks for. `accept` is asked about incoming peers after they have proven the secret.
     """
 
     def __init__(
@@ -76,10 +78,12 @@ class Endpoint:
         accept: AcceptPeer,
         on_link: LinkUp,
         on_lost: LinkLostHandler,
+        tls: PeerTls | None = None,
     ) -> None:
         self._identity = identity
         self._options = options
         self._secret = secret
+        self._tls = tls
         self._registry = LinkRegistry(identity, accept, on_link, on_lost)
         self._tasks = asyncio.TaskGroup()
         self._session: aiohttp.ClientSession | None = None
@@ -142,7 +146,11 @@ class Endpoint:
         """Accept peers at `host:port`; port 0 takes any free one. Returns the address bound. Raises OSError."""
         if self._server is None:
             self._server = PeerServer(self._serve, self._options)
-        listener = await asyncio.get_running_loop().create_server(self._server, host, port)
+        listener = await asyncio.get_running_loop().create_server(
+            self._server, host, port,
+            ssl=None if self._tls is None else self._tls.server,
+            ssl_handshake_timeout=None if self._tls is None else self._options.auth_timeout_s,
+        )  # fmt: skip
         self._listeners.append(listener)
         bound = listener.sockets[0].getsockname()
         return str(bound[0]), int(bound[1])
@@ -178,7 +186,8 @@ class Endpoint:
         if self._session is None or self._session.closed:
             raise PeerLost(f"{host}:{port}", "this daemon's peer endpoint is not open")
         ws = await self._session.ws_connect(
-            f"http://{f'[{host}]' if ':' in host else host}:{port}{PEER_PATH}",
+            f"{'http' if self._tls is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}{PEER_PATH}",
+            ssl=True if self._tls is None else self._tls.client,
             autoping=False,
             autoclose=False,
             heartbeat=None,
@@ -199,6 +208,7 @@ class Endpoint:
             channels.append(control := await self._open(host, port, bulk=False))
             shake = DialerHandshake(control.ws, new_hello(self._identity, Purpose.CONTROL, token), self._secret, where)
             them = (await shake.greet()).identity
+            self._check_certificate(control, them)
             if expect is not None and them.peer != expect:
                 raise HandshakeFailed(CloseCode.REFUSED, f"expected {expect}, {them.peer} answers")
             if self._being_linked(them):
@@ -213,6 +223,7 @@ class Endpoint:
                 shake = DialerHandshake(bulk.ws, new_hello(self._identity, Purpose.BULK, token), self._secret, where)
                 if (await shake.greet()).identity != them:
                     raise HandshakeFailed(CloseCode.REFUSED, f"{them.peer} changed while it was dialed")
+                self._check_certificate(bulk, them)
                 await shake.prove()
                 bulk_stream = self._take_over(bulk, Purpose.BULK)
                 stand = partial(self._stand, them, control, control_stream, bulk, bulk_stream)
@@ -240,6 +251,11 @@ class Endpoint:
             or self._dialing.get(them.peer) == them.instance
             or any(incoming.identity.instance == them.instance for incoming in self._incoming.values())
         )
+
+    def _check_certificate(self, channel: Channel, them: PeerIdentity) -> None:
+        if self._tls is not None and them.peer not in channel.certified_names:
+            names = ", ".join(sorted(channel.certified_names)) or "nobody"
+            raise HandshakeFailed(CloseCode.AUTH_REJECTED, f"{them.peer} shows a certificate of {names}")
 
     def _take_over(self, channel: Channel, purpose: Purpose) -> MessageStream:
         bulk = purpose is Purpose.BULK
@@ -298,6 +314,7 @@ class Endpoint:
             shake = ListenerHandshake(ws, self._identity, self._secret, where)
             async with asyncio.timeout_at(guard.deadline_s):
                 hello = await shake.challenge()
+            self._check_certificate(channel, hello.identity)
             tune_socket(ws.get_extra_info("socket"), options, hello.purpose is Purpose.BULK)
             serve = self._serve_bulk if hello.purpose is Purpose.BULK else self._serve_control
             await serve(channel, hello, shake, guard.admit)

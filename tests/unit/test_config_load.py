@@ -8,6 +8,7 @@ import pytest
 
 from helixd.config import Address, Config, ConfigErrors, Override, PinConfig, load, load_config
 from helixd.config.lines import key_lines
+from helixd.config.load import SCHEMA
 from helixd.config.sources import find_file
 from helixd.layers import LayerRange
 from helixd.wire.probe import FIRST_PROBE_BYTES
@@ -236,6 +237,40 @@ def test_secret_files_are_private(key: str, tmp_path: Path, env: dict[str, str])
     secret.chmod(0o400)
     assert load_config([DEMO, given], env)
     assert "is not a file" in problems(DEMO, flag(key, str(tmp_path)), env=env)[0]
+
+
+@pytest.mark.parametrize(("section", "names"), [("cluster", ("ca", "cert", "key")), ("api", ("cert", "key"))])
+def test_certificates_come_whole_and_their_key_is_private(
+    section: str, names: tuple[str, ...], tmp_path: Path, env: dict[str, str]
+) -> None:
+    """The cluster's make its secret unnecessary; the API's are no substitute for keys."""
+    given = []
+    for name in names:
+        (tmp_path / name).write_text("PEM")
+        given.append(flag(f"{section}.tls.{name}", str(tmp_path / name)))
+    (tmp_path / "key").chmod(0o600)
+    assert getattr(load_config([DEMO, *given], env), section).tls.on
+    assert not getattr(load_config([DEMO], env), section).tls.on
+    listen = flag(f"{section}.listen", "0.0.0.0:7000")
+    if section == "cluster":
+        assert load_config([DEMO, listen, *given], env)
+    else:
+        assert "give api.keys_file" in problems(DEMO, listen, *given, env=env)[0]
+    for left_out in range(len(names)):
+        (found,) = problems(DEMO, *given[:left_out], *given[left_out + 1 :], env=env)
+        assert f"{section}.tls: {names[left_out]} is missing; give all, or none" in found
+    (tmp_path / "key").chmod(0o640)
+    assert "chmod 600" in problems(DEMO, *given, env=env)[0]
+    (tmp_path / "key").chmod(0o600)
+    (tmp_path / "cert").unlink()
+    assert f"{section}.tls.cert: {tmp_path / 'cert'} is not a file" in problems(DEMO, *given, env=env)[0]
+
+
+def test_no_key_takes_a_secret_itself() -> None:
+    """Flags and environment can be read by other processes; files of one's own cannot."""
+    for path, spec in SCHEMA.keys.items():
+        if re.search("secret|key|password|token(?!s)", path[-1]) and path != ("api", "limits", "per_key_in_flight"):
+            assert spec.kind.label == "path", path
 
 
 def test_a_cluster_secret_is_long_enough(tmp_path: Path, env: dict[str, str]) -> None:

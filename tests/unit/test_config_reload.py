@@ -73,5 +73,18 @@ def test_half_of_a_change_that_opens_the_door_is_refused(env: dict[str, str], tm
     assert "api.listen cannot change without a restart" in second
 
 
+def test_certificates_may_change_but_tls_neither_begins_nor_ends(env: dict[str, str], tmp_path: Path) -> None:
+    files = {name: private(tmp_path / name) for name in ("cert", "key", "newer")}
+    plain = config(env)
+    tls = config(env, api__tls__cert=files["cert"], api__tls__key=files["key"])
+    assert reloaded(plain, tls, env).applied == ()
+    assert set(reloaded(plain, tls, env).waiting) == {"api.tls.cert", "api.tls.key"}
+    assert set(reloaded(tls, plain, env).waiting) == {"api.tls.cert", "api.tls.key"}
+    newer = config(env, api__tls__cert=files["newer"], api__tls__key=files["key"])
+    change = reloaded(tls, newer, env)
+    assert (change.applied, change.waiting) == (("api.tls.cert",), ())
+    assert change.config.api.tls.cert == Path(files["newer"])
+
+
 def test_every_reloadable_key_is_one() -> None:
     assert set(SCHEMA.keys) >= RELOADABLE

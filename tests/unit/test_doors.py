@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "helixd"
 
-# What a room may import of the house, besides itself and the shared words (ids, layers, errors, sampling, logs).
-SHARED = {"ids", "layers", "errors", "sampling", "logs"}
+# What a room may import of the house, besides itself and the shared words (ids, layers, errors, sampling, logs, tls).
+SHARED = {"ids", "layers", "errors", "sampling", "logs", "tls"}
 MAY = {
     "model": set(),
     "plan": set(),
