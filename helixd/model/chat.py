@@ -1,9 +1,9 @@
 """A checkpoint's chat template: messages in, prompt text out, rendered as transformers renders it.
 
-The template comes from the operator's model directory and never from a client; it runs in Jinja's immutable sandbox
-and its output is bounded. Time and memory are not: render off the event loop and under a deadline. Message contents
-are the client's, so whatever goes wrong while rendering is the request's fault (`ChatError`), and what goes wrong
-while compiling is the checkpoint's (`ModelError`).
+The template comes from the operator's model directory and never from a client; it runs in a sandbox with a budget of
+steps and seconds, and its output is bounded. Render off the event loop all the same. Message contents are the client's,
+so whatever goes wrong while rendering is the request's fault (`ChatError`), and what goes wrong while compiling is the
+checkpoint's (`ModelError`).
 """
 
 import json
@@ -15,10 +15,10 @@ from typing import Self
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from helixd.errors import ModelError
 from helixd.model.files import read_bytes, read_json_object
+from helixd.model.sandbox import MAX_SECONDS, MAX_STEPS, MeteredSandbox, OverBudget, metered
 
 MAX_OUTPUT_CHARS = 8 * 2**20
 TEMPLATE_ARGUMENTS = frozenset(
@@ -42,9 +42,7 @@ class ChatTemplate:
         self, source: str, special_tokens: Mapping[str, str], now: Callable[[], datetime] = datetime.now
     ) -> None:
         """`special_tokens` (`bos_token`, ...) are visible to the template. Raises ModelError for a bad template."""
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-        )
+        environment = MeteredSandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda layout: now().strftime(layout)
@@ -74,7 +72,7 @@ class ChatTemplate:
         """The prompt text; encode it without adding special tokens.
 
         Raises ChatError for what the template refuses, for an argument that is not in `TEMPLATE_ARGUMENTS` or is no
-        scalar, and for output of more than `MAX_OUTPUT_CHARS`.
+        scalar, for output of more than `MAX_OUTPUT_CHARS`, and for more work than a template may do.
         """
         for name, value in arguments.items():
             if name not in TEMPLATE_ARGUMENTS:
@@ -92,13 +90,17 @@ class ChatTemplate:
         pieces: list[str] = []
         size = 0
         try:
-            for piece in self._template.generate(context):
-                size += len(piece)
-                if size > MAX_OUTPUT_CHARS:
-                    raise ChatError(f"the rendered chat has more than {MAX_OUTPUT_CHARS} characters")
-                pieces.append(piece)
+            with metered(MAX_STEPS, MAX_SECONDS) as meter:
+                for piece in self._template.generate(context):
+                    meter.step()
+                    size += len(piece)
+                    if size > MAX_OUTPUT_CHARS:
+                        raise ChatError(f"the rendered chat has more than {MAX_OUTPUT_CHARS} characters")
+                    pieces.append(piece)
         except ChatError:
             raise
+        except OverBudget as error:
+            raise ChatError(f"the chat template cannot render these messages: {error.message}") from error
         except TemplateError as error:
             raise ChatError(f"the chat template refuses these messages: {error.message or error}") from error
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
