@@ -8,6 +8,7 @@ from typing import Any
 
 from helixd.api.options import ApiOptions
 from helixd.api.server import Bound, create_app, serve
+from helixd.api.state import STATE, ApiState
 from helixd.api.text import TextTools
 from helixd.coordinator.generation import (
     Delta,
@@ -149,6 +150,7 @@ class World:
     service: FakeService
     template: LineTemplate
     bound: Bound
+    state: ApiState
 
     @property
     def url(self) -> str:
@@ -169,4 +171,4 @@ async def api_world(service: FakeService | None = None, options: ApiOptions | No
     template = LineTemplate()
     app = create_app(service, TextTools(ByteTokenizer(), template), options or ApiOptions())
     async with serve(app, "127.0.0.1", 0) as bound:
-        yield World(service, template, bound)
+        yield World(service, template, bound, app[STATE])
