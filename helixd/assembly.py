@@ -108,7 +108,8 @@ class Daemon:
         """Take from `new` what can change while the daemon runs. Raises ConfigError, and then nothing has changed."""
         change = await asyncio.to_thread(reloaded, self.config, new, env)
         api = None if self._app is None else await asyncio.to_thread(api_options, change.config, env)
-        change = await asyncio.to_thread(self._take_certificates, change)
+        fresh = await asyncio.to_thread(self._read_certificates, change.config)
+        change = self._take_certificates(change, fresh)
         # Nothing from here on can fail.
         self.config = config = change.config
         logs.setup(config.log.level, config.log.format)
@@ -118,18 +119,20 @@ class Daemon:
             self.coordinator.reconfigure(coordinator_options(config))
         return change
 
-    def _take_certificates(self, change: Reload) -> Reload:
-        # Both are read before either is used.
-        config, pair = change.config, api_pair(change.config)
+    def _read_certificates(self, config: Config) -> PeerTls | None:
+        pair, tls = api_pair(config), config.cluster.tls
         if self._api_tls is not None and pair is not None:
             api_context(pair)
-        tls = config.cluster.tls
-        if self._peer_tls is not None and tls.ca is not None and tls.cert is not None and tls.key is not None:
-            whole = self._peer_tls.refresh(tls.ca, KeyPair(tls.cert, tls.key))
-            if not whole:
-                change = replace(change, waiting=(*change.waiting, "cluster.tls.ca"))
+        if self._peer_tls is None or tls.ca is None or tls.cert is None or tls.key is None:
+            return None
+        return self._peer_tls.renewed(tls.ca, KeyPair(tls.cert, tls.key))
+
+    def _take_certificates(self, change: Reload, fresh: PeerTls | None) -> Reload:
+        pair = api_pair(change.config)
         if self._api_tls is not None and pair is not None:
             pair.load_into(self._api_tls)
+        if self._peer_tls is not None and fresh is not None and not self._peer_tls.take(fresh):
+            return replace(change, waiting=(*change.waiting, "cluster.tls.ca"))
         return change
 
     def overdue(self, stood_still_s: float) -> tuple[NodeId, float] | None:

@@ -107,6 +107,8 @@ async def _main(config: Config, read: ReadConfig, state: StateDir, notifier: Not
                     await daemon.give_up(hung.result(), GIVE_UP_S)
                     raise DeviceHangs
                 await _drain(daemon, signals.stop, notifier, tasks)
+                if hung.done():
+                    raise DeviceHangs
             raise Stopped
     except* Stopped:
         logs.event(log, logging.INFO, "stopped")

@@ -33,8 +33,10 @@ class KeyPair:
 
 @dataclass(frozen=True, slots=True)
 class PeerTls:
-    """The contexts of peer links. `names`: the peer ids that our own certificate speaks for."""
+    """The contexts of peer links, and the files they are from. `names`: the peer ids our certificate speaks for."""
 
+    authority: Path
+    pair: KeyPair
     server: ssl.SSLContext
     client: ssl.SSLContext
     names: frozenset[str]
@@ -54,21 +56,25 @@ class PeerTls:
             names = certified_names(_introduce(server, client))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{pair.cert} is not good for {authority}: {_why(error)}") from error
-        return cls(server, client, names)
+        return cls(authority, pair, server, client, names)
 
-    def refresh(self, authority: Path, pair: KeyPair) -> bool:
-        """Use these files for the connections that begin from now on.
-
-        Returns whether that is all of it: an authority that was trusted before stays trusted until a restart. Raises
-        ConfigError, and then nothing has changed.
-        """
+    def renewed(self, authority: Path, pair: KeyPair) -> "PeerTls":
+        """From other files, or from what is in them now, for `take`. Raises ConfigError if they are no substitute."""
         fresh = PeerTls.load(authority, pair)
         if not self.names <= fresh.names:
             lost = ", ".join(sorted(self.names - fresh.names))
             raise ConfigError(f"{pair.cert} does not speak for {lost}, as the one in use does")
+        return fresh
+
+    def take(self, fresh: "PeerTls") -> bool:
+        """Use the files of `fresh` for the connections that begin from now on; they are read again.
+
+        Call it from the thread that makes the connections: OpenSSL does not like its contexts changed by another one.
+        Returns whether that is all of it: an authority that was trusted before stays trusted until a restart.
+        """
         for context in (self.server, self.client):
-            _trust(context, authority)
-            pair.load_into(context)
+            _trust(context, fresh.authority)
+            fresh.pair.load_into(context)
         return set(self.client.get_ca_certs(binary_form=True)) == set(fresh.client.get_ca_certs(binary_form=True))
 
 

@@ -1,6 +1,7 @@
 """Links and the API over TLS: who gets in by certificate, who does not, what travels, and certificates renewed."""
 
 import asyncio
+import dataclasses
 import json
 import signal
 import socket
@@ -108,7 +109,7 @@ async def test_strangers_and_plain_text_do_not_get_in(stranger: str, of: Context
         if stranger == "old TLS":
             client = tls.client
             client.minimum_version, client.maximum_version = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_2
-        tls = PeerTls(tls.server, client, tls.names)
+        tls = dataclasses.replace(tls, client=client)
     async with endpoint(far, of("far")) as theirs, endpoint(near, tls) as ours:
         address = await theirs.listen("127.0.0.1", 0)
         with pytest.raises(PeerLost):

@@ -63,15 +63,15 @@ def test_a_key_with_a_passphrase_is_refused_instead_of_asked_for(ca: Authority, 
 
 def test_contexts_in_use_take_new_files_or_none(ca: Authority, pair: KeyPair, tmp_path: Path) -> None:
     tls = PeerTls.load(ca.cert, pair)
-    assert tls.refresh(ca.cert, ca.sign("DNS:b,DNS:a", "renewed"))
+    assert tls.take(tls.renewed(ca.cert, ca.sign("DNS:b,DNS:a", "renewed")))
     with pytest.raises(ConfigError, match="does not speak for b"):
-        tls.refresh(ca.cert, ca.sign("DNS:a"))
+        tls.renewed(ca.cert, ca.sign("DNS:a"))
     # A second authority beside the first is trusted at once; the first, once gone from the file, not before a restart.
     other = Authority.make(tmp_path, "other")
     theirs = other.sign("DNS:a,DNS:b")
     with pytest.raises(ConfigError, match="is not good for"):
-        tls.refresh(ca.cert, theirs)
+        tls.renewed(ca.cert, theirs)
     both = tmp_path / "both.pem"
     both.write_text(ca.cert.read_text() + other.cert.read_text())
-    assert tls.refresh(both, theirs)
-    assert not tls.refresh(other.cert, theirs)
+    assert tls.take(tls.renewed(both, theirs))
+    assert not tls.take(tls.renewed(other.cert, theirs))
