@@ -123,7 +123,12 @@ class ClusterTimers:
     ping_s: float = key(0.5, kinds.duration(), "Interval between liveness pings.")
     dead_after_s: float = key(3.0, kinds.duration(), "A peer that answers no ping for this long is lost.")
     send_s: float = key(30.0, kinds.duration(), "A peer that takes no data for this long is lost.")
-    step_s: float = key(60.0, kinds.duration(), "Longest one step of a sequence may take before its route is given up.")
+    step_s: float = key(
+        60.0,
+        kinds.duration(),
+        "Longest one step of a sequence may take before its route is given up. On a worker: a device whose step takes"
+        " longer, and far longer than its others, hangs.",
+    )
     failover_wait_s: float = key(
         30.0, kinds.duration(), "Longest a broken request waits for a new route before it fails."
     )

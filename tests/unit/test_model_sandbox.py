@@ -76,7 +76,7 @@ def test_a_template_may_take_so_long() -> None:
 )
 def test_what_would_not_end_or_not_fit_is_the_requests_error(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "MAX_STEPS", 20_000)
-    with pytest.raises(ChatError, match="(cannot render|refuses) these messages"):
+    with pytest.raises(ChatError, match=r"(cannot render|refuses) these messages"):
         render(source)
 
 
