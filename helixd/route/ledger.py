@@ -79,7 +79,10 @@ class KvLedger:
     def reserve(
         self, sequence: SequenceId, node: NodeId, layers: int, tokens: int, *, attempt: Attempt = _FIRST
     ) -> None:
-        """Reserve `layers * tokens` in whole pages. Raises OutOfKv if it does not fit, ValueError if the attempt holds some there."""
+        """Reserve `layers * tokens` in whole pages. Raises OutOfKv if it does not fit.
+
+        Raises ValueError if the attempt holds some there.
+        """
         if not self.fits(node, layers, tokens):
             raise OutOfKv(
                 f"node {node} has no room for {layers} layers x {tokens} tokens: "
