@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from helixd.coordinator.generation import (
@@ -53,7 +54,13 @@ class Client:
     tokens: list[list[int]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     finished: list[bool] = field(default_factory=list)
+    arrived_s: list[float] = field(default_factory=list)
     scored: bool = False
+
+    @property
+    def longest_gap_s(self) -> float:
+        """The longest that the client saw nothing, from its first text to its last."""
+        return max((after - before for before, after in pairwise(self.arrived_s)), default=0.0)
 
 
 class Clients:
@@ -145,6 +152,7 @@ class Clients:
             return
         match event:
             case Delta(choice, text, tokens):
+                client.arrived_s.append(self._world.loop.time())
                 if client.finished[choice]:
                     self._world.complain(f"{who}: more text for choice {choice} after its end")
                 if client.request.prompt_logprobs and not client.scored:

@@ -180,6 +180,10 @@ def judge(client: Client) -> None:
             assert lasted_s >= request.deadline_s - 1e-6
         case "failed: pipeline_lost":
             assert disturbed, f"{who} failed although nothing was wrong: {client.failure}"
+            assert client.failure is not None
+            if "broke" in client.failure.message:
+                faults = client.faults_after - client.faults_before
+                assert faults >= 3, f"{who} broke more often than there were faults ({faults}): {client.failure}"
         case "refused":
             assert client.refusal is not None
             assert client.refusal.status in (400, 429, 503), client.refusal

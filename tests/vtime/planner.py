@@ -19,7 +19,8 @@ def quick_plan(spec: ClusterSpec) -> Plan:
     flows = FlowModel(spec)
     num_layers = spec.model.num_layers
     room = {node.id: layers for node in spec.nodes if (layers := most_layers(spec, node))}
-    kept = {n.id: n.current_range for n in spec.nodes if n.id in room and n.current_range is not None}
+    held = {n.id: n.current_range for n in spec.nodes if n.current_range is not None}
+    kept = {node: layers for node, layers in held.items() if len(layers) <= room.get(node, 0)}
     placement = kept if flows.value(kept) > 0 else _chain(flows, room, num_layers)
     for node, layers in sorted(room.items()):
         if node not in placement:

@@ -7,6 +7,7 @@ hold at every moment is in `check`, what must hold once faults are over in `sett
 import asyncio
 import json
 import logging
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -334,7 +335,7 @@ class World:
         if not daemon.main.done():
             self.complain(f"{daemon.process.name} does not end: {[t.get_name() for t in daemon.process.tasks]}")
         elif not daemon.main.cancelled() and (error := daemon.main.exception()) is not None:
-            self.complain(f"{daemon.process.name} ended with {error!r}")
+            self.complain(f"{daemon.process.name} ended with {''.join(traceback.format_exception(error))}")
         daemon.process.dead = True
 
     def _apply_cuts(self) -> None:
