@@ -5,7 +5,7 @@ draining or unreachable comes in as masks. The coordinator and the simulator run
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from helixd.errors import NoRoute
@@ -13,7 +13,7 @@ from helixd.ids import Attempt, NodeId, SequenceId
 from helixd.layers import LayerRange
 from helixd.plan.plan import Plan
 from helixd.plan.spec import COORDINATOR
-from helixd.route.iwrr import WeightedRoundRobin
+from helixd.route.choosers import FlowShares, HopChooser
 from helixd.route.ledger import KvLedger
 
 Link = tuple[NodeId, NodeId]
@@ -36,17 +36,16 @@ class Route:
     """A sequence's hops in order; together they are every layer once."""
 
     hops: tuple[RouteHop, ...]
+    links: tuple[Link, ...] = field(init=False, repr=False, compare=False)
+    """The links in order, from the coordinator and back to it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "links", tuple(pairwise((COORDINATOR, *self.nodes, COORDINATOR))))
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
         """The nodes in order."""
         return tuple(hop.node for hop in self.hops)
-
-    @property
-    def links(self) -> tuple[Link, ...]:
-        """The links in order, from the coordinator and back to it."""
-        stops = (COORDINATOR, *self.nodes, COORDINATOR)
-        return tuple(pairwise(stops))
 
     def __str__(self) -> str:
         return " -> ".join(str(hop) for hop in self.hops)
@@ -55,7 +54,8 @@ class Route:
 class Router:
     """Draws routes of one plan. The ledger may outlive the router: hand it on when the plan changes.
 
-    `kv_capacity_token_layers` is each node's room, as the worker offers it, in tokens x layers.
+    `kv_capacity_token_layers` is each node's room, as the worker offers it, in tokens x layers. `chooser` decides among
+    admissible hops; left out, in proportion to the plan's flow.
     """
 
     def __init__(
@@ -65,19 +65,14 @@ class Router:
         *,
         high_water: float = 0.9,
         ledger: KvLedger | None = None,
+        chooser: HopChooser | None = None,
     ) -> None:
         self.plan = plan
         self.ledger = ledger if ledger is not None else KvLedger({}, high_water=high_water)
         for node, room in kv_capacity_token_layers.items():
             self.ledger.set_capacity(node, room)
         self._next = {vertex: tuple(hop.node for hop in hops) for vertex, hops in plan.schedule.items()}
-        self._turns = {
-            vertex: WeightedRoundRobin({hop.node: hop.flow_tokens_per_s for hop in hops})
-            for vertex, hops in plan.schedule.items()
-            if hops
-        }
-        self._through = _through(plan)
-        self._load = dict.fromkeys(self._through, 0.0)
+        self._chooser: HopChooser = chooser or FlowShares(plan.schedule, COORDINATOR)
 
     def draw(
         self,
@@ -104,7 +99,7 @@ class Router:
         vertex, entry = COORDINATOR, 0
         while True:
             allowed = walk.ways(vertex)
-            chosen = self._turns[vertex].choose(allowed, max(1, prompt_tokens), self._load)
+            chosen = self._chooser.choose(vertex, allowed, max(1, prompt_tokens))
             charged.append((vertex, chosen, allowed))
             if chosen == COORDINATOR:
                 break
@@ -116,16 +111,17 @@ class Router:
                 sequence, hop.node, len(hop.layers), walk.tokens_at(hop.node, len(hop.layers)), attempt=attempt
             )
         for vertex, chosen, allowed in charged:
-            self._charge(vertex, chosen, allowed, max(1, prompt_tokens))
+            self._chooser.charge(vertex, chosen, allowed, max(1, prompt_tokens))
         return Route(tuple(hops))
 
     def count_decode(self, route: Route, tokens: int = 1) -> None:
         """Decode steps load a route too: account `tokens` of them, so that later draws go where there is less."""
+        follow, next_hops = self._chooser.follow, self._next
         for src, dst in route.links:
-            turns = self._turns.get(src)
+            everybody = next_hops.get(src, ())
             # A route of an earlier plan may use hops that this one does not have.
-            if turns is not None and dst in self._next[src]:
-                self._charge(src, dst, self._next[src], tokens)
+            if dst in everybody:
+                follow(src, dst, everybody, tokens)
 
     def release(self, sequence: SequenceId, node: NodeId | None = None, *, attempt: Attempt | None = None) -> int:
         """Give back the KV of a sequence on `node`, or everywhere; how many tokens x layers. Safe to repeat."""
@@ -149,11 +145,6 @@ class Router:
         """Where the schedule lets a sequence go from `vertex`; `COORDINATOR` is the sink."""
         return self._next.get(vertex, ())
 
-    def _charge(self, vertex: NodeId, chosen: NodeId, allowed: Collection[NodeId], tokens: int) -> None:
-        self._turns[vertex].charge(chosen, allowed, tokens)
-        if chosen != COORDINATOR:
-            self._load[chosen] += tokens / self._through[chosen]
-
     def _no_route(self, walk: "_Walk", prompt_tokens: int) -> NoRoute:
         if not walk.with_kv("ignored").open_from(COORDINATOR):
             return NoRoute("no complete pipeline: nodes or links it needs are down or draining", cause="topology")
@@ -163,16 +154,6 @@ class Router:
                 cause="topology",
             )
         return NoRoute("every pipeline's KV cache is full", cause="kv")
-
-
-def _through(plan: Plan) -> dict[NodeId, float]:
-    """Flow into every node that the schedules lead to."""
-    through: dict[NodeId, float] = {}
-    for hops in plan.schedule.values():
-        for hop in hops:
-            if hop.node != COORDINATOR:
-                through[hop.node] = through.get(hop.node, 0.0) + hop.flow_tokens_per_s
-    return through
 
 
 class _Walk:

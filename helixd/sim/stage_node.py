@@ -1,0 +1,200 @@
+"""A node as helixd's engine is: whole-range stages with mid-range entry, decode first, prefill in chunks.
+
+One step takes every decode pass that waits (up to `max_sequences`) and prefill rows up to the chunk, the oldest prompt
+first; at each layer the batch is everybody who entered at or before it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+
+from helixd.ids import NodeId
+from helixd.layers import LayerRange
+from helixd.sim.job import Job
+from helixd.sim.times import COPY_S_PER_BYTE, LayerTimes
+from helixd.sim.wires import Wire
+from helixd.sim.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What one step may hold: decode passes, and prefill rows."""
+
+    max_sequences: int = 512
+    chunk_tokens: int = 128
+
+
+@dataclass(eq=False, slots=True)
+class _Prefill:
+    """Rows of one prompt that wait here; `at` is where its route comes by."""
+
+    job: Job
+    at: int
+    entry: int
+    rows: int = 0
+
+
+_Step = tuple[list[Job], list[tuple[Job, int, int]]]
+
+
+class StageNode:
+    """Takes passes off its wires and puts them on the next ones. `on_decoded` hears of each decode pass done here."""
+
+    __slots__ = (
+        "_copy_s", "_floor_s", "_limits", "_prefills", "_ready", "_segments", "_times", "_world", "asleep_until_s",
+        "batches", "busy_s", "decodes", "down", "held", "id", "inbound", "prompt_rows", "prompt_s", "step_s",
+    )  # fmt: skip
+
+    def __init__(
+        self, world: World, node: NodeId, held: LayerRange, times: LayerTimes, limits: StepLimits, activation_bytes: float
+    ) -> None:
+        self.id = node
+        self.held = held
+        self.asleep_until_s = inf
+        self.inbound: list[Wire] = []
+        self.busy_s = self.prompt_s = 0.0
+        self.batches = self.decodes = self.prompt_rows = 0
+        self.down = False
+        self.step_s = 0.0
+        self._world = world
+        self._times = times
+        self._limits = limits
+        self._copy_s = activation_bytes * COPY_S_PER_BYTE
+        self._ready: dict[int, list[Job]] = {held.start: []}
+        self._segments: list[tuple[int, int]] = [(held.start, len(held))]
+        self._prefills: dict[Job, _Prefill] = {}
+
+    def connect(self, wire: Wire) -> None:
+        """A wire leads here; passes on it enter at `wire.entry`."""
+        wire.receiver = self
+        self.inbound.append(wire)
+        self._ready.setdefault(wire.entry, [])
+        entries = sorted(self._ready)
+        self._segments = [
+            (start, end - start) for start, end in zip(entries, [*entries[1:], self.held.end], strict=True)
+        ]
+
+    def wake(self, at_s: float) -> None:
+        """See Receiver."""
+        if self.asleep_until_s == at_s:
+            self._start()
+
+    def queue_length(self) -> float:
+        """Passes that wait here or are on their way."""
+        waiting = sum(len(jobs) for jobs in self._ready.values()) + len(self._prefills)
+        return waiting + sum(len(wire.queue) for wire in self.inbound)
+
+    def queued_rows(self) -> int:
+        """Prefill rows that have come and wait."""
+        return sum(found.rows for found in self._prefills.values())
+
+    def forget_everything(self) -> None:
+        """The node is gone, and all that waited for it."""
+        self.down = True
+        self.asleep_until_s = -inf
+        for wire in self.inbound:
+            wire.queue.clear()
+        for jobs in self._ready.values():
+            jobs.clear()
+        self._prefills.clear()
+
+    def come_back(self) -> None:
+        """The node serves again."""
+        self.down = False
+        self._start()
+
+    def _start(self) -> None:
+        if self.down:
+            return
+        self._take_in()
+        limits, ready = self._limits, self._ready
+        room = limits.chunk_tokens
+        chunks: list[tuple[Job, int, int]] = []
+        rows_at: dict[int, int] = {}
+        for found in list(self._prefills.values()) if self._prefills else ():
+            if room <= 0:
+                break
+            if not found.job.alive:
+                del self._prefills[found.job]
+                continue
+            rows = found.rows if found.rows <= room else room
+            found.rows -= rows
+            room -= rows
+            chunks.append((found.job, found.at, rows))
+            rows_at[found.entry] = rows_at.get(found.entry, 0) + rows
+            if not found.rows:
+                del self._prefills[found.job]
+        decodes: list[Job] = []
+        took_s, prompt_s, rows = 0.0, 0.0, 0
+        times = self._times
+        for entry, layers in self._segments:
+            here = ready[entry]
+            if here:
+                free = limits.max_sequences - len(decodes)
+                if len(here) <= free:
+                    decodes += here
+                    ready[entry] = []
+                else:
+                    decodes += here[:free]
+                    ready[entry] = here[free:]
+            if rows_at:
+                rows += rows_at.get(entry, 0)
+            if decodes or rows:
+                took_s += layers * times.layer_s(rows, len(decodes))
+                prompt_s += layers * times.prompt(rows)
+        if not decodes and not chunks:
+            self._sleep()
+            return
+        self.asleep_until_s = -inf
+        took_s += (rows + len(decodes)) * self._copy_s
+        self.busy_s += took_s
+        self.prompt_s += prompt_s
+        self.batches += 1
+        self.decodes += len(decodes)
+        self.prompt_rows += rows
+        self.step_s = took_s
+        self._world.at(self._world.now_s + took_s, self._done, (decodes, chunks))
+
+    def _done(self, step: _Step) -> None:
+        if self.down:
+            return
+        decodes, chunks = step
+        for job in decodes:
+            if job.alive:
+                job.hop += 1
+                job.wires[job.hop].send(job, 0)
+        for job, at, rows in chunks:
+            if job.alive:
+                wire = job.wires[at + 1]
+                if wire.receiver is None:
+                    job.arrived_rows += rows
+                    if job.arrived_rows == job.rows:
+                        wire.send(job, 0)
+                else:
+                    wire.send(job, rows)
+        self._start()
+
+    def _take_in(self) -> None:
+        now_s = self._world.now_s
+        for wire in self.inbound:
+            queue = wire.queue
+            while queue and queue[0][0] <= now_s:
+                _, job, rows = queue.popleft()
+                if not job.alive:
+                    continue
+                if not rows:
+                    self._ready[wire.entry].append(job)
+                    continue
+                found = self._prefills.get(job)
+                if found is None:
+                    found = self._prefills[job] = _Prefill(job, job.wires.index(wire), wire.entry)
+                found.rows += rows
+
+    def _sleep(self) -> None:
+        next_s = min((wire.queue[0][0] for wire in self.inbound if wire.queue), default=inf)
+        self.asleep_until_s = next_s
+        if next_s < inf:
+            self._world.at(next_s, self.wake, next_s)
+
+
+StepSeconds = Callable[[NodeId], float]
