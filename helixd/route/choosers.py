@@ -30,16 +30,25 @@ class HopChooser(Protocol):
         """Decode work of that cost follows a route drawn before."""
         ...
 
+    def prefilled(self, hop: NodeId, cost: float) -> None:
+        """Work of that cost, charged when it was drawn, has been computed by `hop`."""
+        ...
+
     def measured(self, vertex: NodeId, hop: NodeId, seconds: float) -> None:
         """How long a prompt took from leaving `vertex` to leaving `hop`."""
         ...
 
 
 class FlowShares:
-    """Interleaved weighted round robin in proportion to the plan's flow: Helix. Decode work counts."""
+    """Interleaved weighted round robin in proportion to the plan's flow: Helix. Decode work counts.
 
-    def __init__(self, schedule: Schedule, sink: NodeId) -> None:
+    Among hops that are within `slack_tokens` of their share, the one is taken that has the least prefill in front of
+    it for its flow: a prompt waits less, and shares stay as exact in the long run.
+    """
+
+    def __init__(self, schedule: Schedule, sink: NodeId, *, slack_tokens: float = 0.0) -> None:
         self._sink = sink
+        self._slack_tokens = slack_tokens
         self._turns = {
             vertex: WeightedRoundRobin({hop.node: hop.flow_tokens_per_s for hop in hops})
             for vertex, hops in schedule.items()
@@ -51,9 +60,14 @@ class FlowShares:
                 if hop.node != sink:
                     self._through[hop.node] = self._through.get(hop.node, 0.0) + hop.flow_tokens_per_s
         self._load = dict.fromkeys(self._through, 0.0)
+        self._ahead = dict.fromkeys(self._through, 0.0)
 
     def choose(self, vertex: NodeId, allowed: Collection[NodeId], cost: float) -> NodeId:
         """See HopChooser."""
+        if len(allowed) == 1:
+            return next(iter(allowed))
+        if self._slack_tokens > 0:
+            return self._turns[vertex].choose(allowed, cost, self._ahead, self._slack_tokens)
         return self._turns[vertex].choose(allowed, cost, self._load)
 
     def charge(self, vertex: NodeId, chosen: NodeId, allowed: Collection[NodeId], cost: float) -> None:
@@ -61,12 +75,17 @@ class FlowShares:
         self._turns[vertex].charge(chosen, allowed, cost)
         if chosen != self._sink:
             self._load[chosen] += cost / self._through[chosen]
+            self._ahead[chosen] += cost / self._through[chosen]
 
     def follow(self, vertex: NodeId, chosen: NodeId, everybody: Collection[NodeId], cost: float) -> None:
         """See HopChooser."""
         self._turns[vertex].follow(chosen, cost)
         if chosen != self._sink:
             self._load[chosen] += cost / self._through[chosen]
+
+    def prefilled(self, hop: NodeId, cost: float) -> None:
+        """See HopChooser."""
+        self._ahead[hop] -= cost / self._through[hop]
 
     def measured(self, vertex: NodeId, hop: NodeId, seconds: float) -> None:
         """See HopChooser."""
@@ -96,6 +115,9 @@ class Swarm:
     def follow(self, vertex: NodeId, chosen: NodeId, everybody: Collection[NodeId], cost: float) -> None:
         """See HopChooser."""
 
+    def prefilled(self, hop: NodeId, cost: float) -> None:
+        """See HopChooser."""
+
     def measured(self, vertex: NodeId, hop: NodeId, seconds: float) -> None:
         """See HopChooser."""
         link = vertex, hop
@@ -117,6 +139,9 @@ class RandomHop:
         """See HopChooser."""
 
     def follow(self, vertex: NodeId, chosen: NodeId, everybody: Collection[NodeId], cost: float) -> None:
+        """See HopChooser."""
+
+    def prefilled(self, hop: NodeId, cost: float) -> None:
         """See HopChooser."""
 
     def measured(self, vertex: NodeId, hop: NodeId, seconds: float) -> None:
@@ -142,6 +167,9 @@ class ShortestQueue:
     def follow(self, vertex: NodeId, chosen: NodeId, everybody: Collection[NodeId], cost: float) -> None:
         """See HopChooser."""
 
+    def prefilled(self, hop: NodeId, cost: float) -> None:
+        """See HopChooser."""
+
     def measured(self, vertex: NodeId, hop: NodeId, seconds: float) -> None:
         """See HopChooser."""
 
@@ -161,6 +189,9 @@ class FixedRoundRobin:
         self._drawn[vertex, chosen] = self._drawn.get((vertex, chosen), 0) + 1
 
     def follow(self, vertex: NodeId, chosen: NodeId, everybody: Collection[NodeId], cost: float) -> None:
+        """See HopChooser."""
+
+    def prefilled(self, hop: NodeId, cost: float) -> None:
         """See HopChooser."""
 
     def measured(self, vertex: NodeId, hop: NodeId, seconds: float) -> None:

@@ -32,11 +32,15 @@ class WeightedRoundRobin:
         self._taken: dict[NodeId, float] = {}
 
     def choose(
-        self, allowed: Collection[NodeId], cost: float = 1.0, load: Mapping[NodeId, float] | None = None
+        self,
+        allowed: Collection[NodeId],
+        cost: float = 1.0,
+        load: Mapping[NodeId, float] | None = None,
+        slack: float = 0.0,
     ) -> NodeId:
         """Who of `allowed` is next for work of that cost. Raises ValueError if nobody is allowed.
 
-        Between candidates of equal credit the one of least `load` is taken: what comes to it from other vertices.
+        Between candidates whose credit is within `slack` of the best, the one of least `load` is taken.
         """
         self._settle()
         total = sum(self._weights[node] for node in allowed)
@@ -44,15 +48,13 @@ class WeightedRoundRobin:
             raise ValueError("nobody may be drawn")
         elsewhere = load or {}
         # Rounded, so that equal credits are equal; then heavier first and by id, so that draws are the same everywhere.
+        credit = {node: round(self._credit[node] / cost + self._weights[node] / total, 6) for node in allowed}
+        if slack > 0:
+            least = max(credit.values()) - slack / cost
+            credit = {node: min(had, least) for node, had in credit.items()}
         return min(
-            allowed,
-            key=lambda node: (
-                -round(self._credit[node] / cost + self._weights[node] / total, 6),
-                elsewhere.get(node, 0.0),
-                -self._weights[node],
-                node,
-            ),
-        )
+            allowed, key=lambda node: (-credit[node], elsewhere.get(node, 0.0), -self._weights[node], node)
+        )  # fmt: skip
 
     def charge(self, node: NodeId, allowed: Collection[NodeId], cost: float = 1.0) -> None:
         """Account work of that cost to `node`, drawn among `allowed`."""

@@ -19,6 +19,9 @@ from helixd.route.ledger import KvLedger
 Link = tuple[NodeId, NodeId]
 _FIRST = Attempt(0)
 
+SLACK_TOKENS = 0.0
+"""How far, in tokens, a hop may be ahead of its share of flow for the sake of a shorter wait."""
+
 
 @dataclass(frozen=True, slots=True)
 class RouteHop:
@@ -72,7 +75,8 @@ class Router:
         for node, room in kv_capacity_token_layers.items():
             self.ledger.set_capacity(node, room)
         self._next = {vertex: tuple(hop.node for hop in hops) for vertex, hops in plan.schedule.items()}
-        self._chooser: HopChooser = chooser or FlowShares(plan.schedule, COORDINATOR)
+        self._chooser: HopChooser = chooser or FlowShares(plan.schedule, COORDINATOR, slack_tokens=SLACK_TOKENS)
+        self._prefilling: dict[tuple[SequenceId, Attempt], tuple[Route, int]] = {}
 
     def draw(
         self,
@@ -112,7 +116,17 @@ class Router:
             )
         for vertex, chosen, allowed in charged:
             self._chooser.charge(vertex, chosen, allowed, max(1, prompt_tokens))
-        return Route(tuple(hops))
+        route = Route(tuple(hops))
+        self._prefilling[sequence, attempt] = route, max(1, prompt_tokens)
+        return route
+
+    def prefilled(self, sequence: SequenceId, attempt: Attempt = _FIRST) -> None:
+        """The prompt of an attempt has been computed (or never will be): nobody waits behind it any more. Safe to repeat."""
+        found = self._prefilling.pop((sequence, attempt), None)
+        if found is not None:
+            route, cost = found
+            for node in route.nodes:
+                self._chooser.prefilled(node, cost)
 
     def count_decode(self, route: Route, tokens: int = 1) -> None:
         """Decode steps load a route too: account `tokens` of them, so that later draws go where there is less."""
@@ -125,6 +139,8 @@ class Router:
 
     def release(self, sequence: SequenceId, node: NodeId | None = None, *, attempt: Attempt | None = None) -> int:
         """Give back the KV of a sequence on `node`, or everywhere; how many tokens x layers. Safe to repeat."""
+        for waiting in [key for key in self._prefilling if key[0] == sequence and attempt in (None, key[1])]:
+            self.prefilled(*waiting)
         if node is None:
             return self.ledger.release_everywhere(sequence, attempt=attempt)
         return self.ledger.release(sequence, node, attempt=attempt)

@@ -13,18 +13,20 @@ from helixd.layers import LayerRange
 from helixd.plan.plan import Plan
 from helixd.plan.spec import COORDINATOR, ClusterSpec
 from helixd.route.admission import AdmissionQueue
-from helixd.route.choosers import FixedRoundRobin, HopChooser, RandomHop, ShortestQueue, Swarm
+from helixd.route.choosers import FixedRoundRobin, FlowShares, HopChooser, RandomHop, ShortestQueue, Swarm
 from helixd.route.expectation import OutputLength
-from helixd.route.router import Router
+from helixd.route.router import SLACK_TOKENS, Router
 from helixd.sim.job import Job, Request
 from helixd.sim.load import Lengths, Load, Offline
 from helixd.sim.meter import Meter, NodeReport, Report
 from helixd.sim.stage_node import StageNode, StepLimits
 from helixd.sim.times import LayerTimes
-from helixd.sim.wires import Wire, make_wires
+from helixd.sim.wires import Edge, make_wires
 from helixd.sim.world import World
 
 BACKLOG = 4
+COUNTED_TOGETHER = 16
+"""Decode steps are told to the router in lots: the same sum in a sixteenth of the time."""
 CHOOSERS = ("flow", "swarm", "random", "shortest-queue", "round-robin")
 
 
@@ -40,6 +42,7 @@ class HelixdPolicy:
     prefill_tokens: int | None = None
     feedback: bool = False
     chooser: str = "flow"
+    slack_tokens: float = SLACK_TOKENS
     prior_output_tokens: float | None = None
 
     @property
@@ -78,6 +81,10 @@ class _Run:
                 wire.deliver = self._token
             else:
                 self.nodes[dst].connect(wire)
+        self.feedback = make_wires(world, spec, _feedback_edges(plan, bandwidth) if policy.feedback else {}, {})
+        for (_, dst), wire in self.feedback.items():
+            wire.row_s *= spec.model.token_bytes / spec.model.activation_bytes
+            self.nodes[dst].connect(wire)
         room = plan.kv_capacity_token_layers or {
             node.id: node.profile.kv_capacity_token_layers[len(placement[node.id]) - 1]
             for node in spec.nodes
@@ -97,7 +104,7 @@ class _Run:
         self.kv_peak: dict[NodeId, float] = dict.fromkeys(self.nodes, 0.0)
         self.kv_samples = 0
 
-    def _chooser(self) -> HopChooser | None:
+    def _chooser(self) -> HopChooser:
         match self.policy.chooser:
             case "swarm":
                 return Swarm()
@@ -109,7 +116,7 @@ class _Run:
                 )
             case "round-robin":
                 return FixedRoundRobin()
-        return None
+        return FlowShares(self.plan.schedule, COORDINATOR, slack_tokens=self.policy.slack_tokens)
 
     def report(self) -> Report:
         if isinstance(self.load, Offline):
@@ -202,6 +209,9 @@ class _Run:
         self.routes[sequence] = route
         self.flying[sequence] = job
         self.prefilling += job.rows
+        if self.policy.feedback:
+            job.feedback = self.feedback.get((route.nodes[-1], route.nodes[0]))
+            job.drawn = job.emitted
         now_s = self.world.now_s
         self.meter.started += job.attempt == 0
         self.meter.flying(now_s, +1)
@@ -225,6 +235,7 @@ class _Run:
             else:
                 job.emitted += 1
             job.rows = 0
+            self.router.prefilled(sequence, Attempt(job.attempt))
             changed = True
         else:
             job.emitted += 1
@@ -236,11 +247,13 @@ class _Run:
             self._drop(job)
             self._admit()
             return
-        self.router.count_decode(self.routes[sequence])
+        if job.emitted % COUNTED_TOGETHER == 0:
+            self.router.count_decode(self.routes[sequence], COUNTED_TOGETHER)
         over = self.router.ledger.grow(sequence, job.tokens + 1, attempt=Attempt(job.attempt))
-        job.hop = 0
         job.sent_s = now_s
-        job.wires[0].send(job, 0)
+        if job.feedback is None:
+            job.hop = 0
+            job.wires[0].send(job, 0)
         for node in over:
             changed |= self._relieve(node)
         if changed:
@@ -276,3 +289,10 @@ class _Run:
         )  # fmt: skip
         self.queue.push(again, now_s=self.world.now_s, priority=(1 << 30) - job.number)
         self.meter.queued(self.world.now_s, +1)
+
+
+def _feedback_edges(plan: Plan, bandwidth: Mapping[Edge, float]) -> dict[Edge, float]:
+    """Links from nodes that hold the last layer to nodes that hold the first."""
+    first = [hop.node for hop in plan.schedule[COORDINATOR]]
+    last = [node for node, hops in plan.schedule.items() if any(hop.node == COORDINATOR for hop in hops)]
+    return {(a, b): bandwidth[a, b] for a in last for b in first if bandwidth.get((a, b), 0.0) > 0}

@@ -20,7 +20,8 @@ class Job:
     """A request on its way: one life of it; recovering starts another.
 
     `rows` is what its pass under way computes: prompt tokens, or 0 for a decode pass. `wires` are its route's links from
-    the coordinator and back to it, `hop` the one it took last. `emitted`: decode passes done.
+    the coordinator and back to it, `hop` the one it took last. `emitted`: decode passes that came back. `feedback`: the
+    wire on which the last stage hands a token straight to the first, `drawn` how many it has drawn.
     """
 
     number: int
@@ -35,6 +36,8 @@ class Job:
     alive: bool = True
     arrived_rows: int = 0
     attempt: int = 0
+    feedback: "Wire | None" = None
+    drawn: int = 0
 
     @property
     def tokens(self) -> int:

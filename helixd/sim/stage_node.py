@@ -4,7 +4,6 @@ One step takes every decode pass that waits (up to `max_sequences`) and prefill 
 first; at each layer the batch is everybody who entered at or before it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
@@ -18,10 +17,13 @@ from helixd.sim.world import World
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """What one step may hold: decode passes, and prefill rows."""
+    """What one step may hold: decode passes, and prefill rows: `chunk_tokens`, or more where many decode passes share
+    the step's cost, `chunk_per_decode` for each.
+    """
 
     max_sequences: int = 512
-    chunk_tokens: int = 128
+    chunk_tokens: int = 64
+    chunk_per_decode: float = 4.0
 
 
 @dataclass(eq=False, slots=True)
@@ -108,26 +110,9 @@ class StageNode:
             return
         self._take_in()
         limits, ready = self._limits, self._ready
-        room = limits.chunk_tokens
-        chunks: list[tuple[Job, int, int]] = []
-        rows_at: dict[int, int] = {}
-        for found in list(self._prefills.values()) if self._prefills else ():
-            if room <= 0:
-                break
-            if not found.job.alive:
-                del self._prefills[found.job]
-                continue
-            rows = found.rows if found.rows <= room else room
-            found.rows -= rows
-            room -= rows
-            chunks.append((found.job, found.at, rows))
-            rows_at[found.entry] = rows_at.get(found.entry, 0) + rows
-            if not found.rows:
-                del self._prefills[found.job]
         decodes: list[Job] = []
-        took_s, prompt_s, rows = 0.0, 0.0, 0
-        times = self._times
-        for entry, layers in self._segments:
+        decodes_at: list[int] = []
+        for entry, _ in self._segments:
             here = ready[entry]
             if here:
                 free = limits.max_sequences - len(decodes)
@@ -137,10 +122,19 @@ class StageNode:
                 else:
                     decodes += here[:free]
                     ready[entry] = here[free:]
+            decodes_at.append(len(decodes))
+        chunks: list[tuple[Job, int, int]] = []
+        rows_at: dict[int, int] = {}
+        if self._prefills:
+            room = max(limits.chunk_tokens, int(limits.chunk_per_decode * len(decodes)))
+            self._fill(room, chunks, rows_at)
+        took_s, prompt_s, rows = 0.0, 0.0, 0
+        times = self._times
+        for (entry, layers), count in zip(self._segments, decodes_at, strict=True):
             if rows_at:
                 rows += rows_at.get(entry, 0)
-            if decodes or rows:
-                took_s += layers * times.layer_s(rows, len(decodes))
+            if count or rows:
+                took_s += layers * times.layer_s(rows, count)
                 prompt_s += layers * times.prompt(rows)
         if not decodes and not chunks:
             self._sleep()
@@ -155,14 +149,33 @@ class StageNode:
         self.step_s = took_s
         self._world.at(self._world.now_s + took_s, self._done, (decodes, chunks))
 
+    def _fill(self, room: int, chunks: list[tuple[Job, int, int]], rows_at: dict[int, int]) -> None:
+        """Take up to `room` prefill rows, the oldest prompt's first."""
+        for found in list(self._prefills.values()):
+            if room <= 0:
+                break
+            if not found.job.alive:
+                del self._prefills[found.job]
+                continue
+            rows = found.rows if found.rows <= room else room
+            found.rows -= rows
+            room -= rows
+            chunks.append((found.job, found.at, rows))
+            rows_at[found.entry] = rows_at.get(found.entry, 0) + rows
+            if not found.rows:
+                del self._prefills[found.job]
+
     def _done(self, step: _Step) -> None:
         if self.down:
             return
         decodes, chunks = step
         for job in decodes:
             if job.alive:
-                job.hop += 1
-                job.wires[job.hop].send(job, 0)
+                hop = job.hop = job.hop + 1
+                wire = job.wires[hop]
+                wire.send(job, 0)
+                if wire.receiver is None and job.feedback is not None:
+                    _feed_back(job)
         for job, at, rows in chunks:
             if job.alive:
                 wire = job.wires[at + 1]
@@ -170,6 +183,8 @@ class StageNode:
                     job.arrived_rows += rows
                     if job.arrived_rows == job.rows:
                         wire.send(job, 0)
+                        if job.feedback is not None:
+                            _feed_back(job)
                 else:
                     wire.send(job, rows)
         self._start()
@@ -197,4 +212,10 @@ class StageNode:
             self._world.at(next_s, self.wake, next_s)
 
 
-StepSeconds = Callable[[NodeId], float]
+def _feed_back(job: Job) -> None:
+    """The token just drawn goes to the first stage too, unless it was the last one."""
+    if job.drawn < job.request.output_tokens:
+        job.drawn += 1
+        job.hop = 0
+        assert job.feedback is not None
+        job.feedback.send(job, 0)
