@@ -1,4 +1,4 @@
-"""Who is next: ways to choose the next hop at a vertex, behind one interface. Helix's own, and what it is compared with.
+"""Who is next: ways to choose the next hop at a vertex, behind one interface. Helix's own, and what it is held against.
 
 A chooser decides among hops that are admissible; masks and KV room are the router's business. None of them knows a
 clock: measured seconds come in as arguments, chance as a seed.
@@ -13,6 +13,9 @@ from helixd.plan.plan import Hop
 from helixd.route.iwrr import WeightedRoundRobin
 
 Schedule = Mapping[NodeId, tuple[Hop, ...]]
+
+SLACK_ENDS_AT = 0.5
+"""The share of KV room taken at which hops are drawn strictly by their share of flow."""
 
 
 class HopChooser(Protocol):
@@ -42,13 +45,22 @@ class HopChooser(Protocol):
 class FlowShares:
     """Interleaved weighted round robin in proportion to the plan's flow: Helix. Decode work counts.
 
-    Among hops that are within `slack_tokens` of their share, the one is taken that has the least prefill in front of
-    it for its flow: a prompt waits less, and shares stay as exact in the long run.
+    Among hops that are within `slack_tokens` of their share, the one is taken that will have done the prefill in front
+    and this one first: prompts wait less, and fast nodes do more while there is little to do. The slack shrinks as
+    KV fills (`fill_of` tells the share of a node's room that is taken): under load, shares give throughput.
     """
 
-    def __init__(self, schedule: Schedule, sink: NodeId, *, slack_tokens: float = 0.0) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        sink: NodeId,
+        *,
+        slack_tokens: float = 0.0,
+        fill_of: Callable[[NodeId], float] = lambda node: 0.0,
+    ) -> None:
         self._sink = sink
         self._slack_tokens = slack_tokens
+        self._fill_of = fill_of
         self._turns = {
             vertex: WeightedRoundRobin({hop.node: hop.flow_tokens_per_s for hop in hops})
             for vertex, hops in schedule.items()
@@ -66,8 +78,10 @@ class FlowShares:
         """See HopChooser."""
         if len(allowed) == 1:
             return next(iter(allowed))
-        if self._slack_tokens > 0:
-            return self._turns[vertex].choose(allowed, cost, self._ahead, self._slack_tokens)
+        slack = self._slack_tokens and self._slack_tokens * (1 - max(map(self._fill_of, allowed)) / SLACK_ENDS_AT)
+        if slack > 0:
+            done = {hop: self._ahead[hop] + cost / self._through[hop] for hop in allowed if hop != self._sink}
+            return self._turns[vertex].choose(allowed, cost, done, slack)
         return self._turns[vertex].choose(allowed, cost, self._load)
 
     def charge(self, vertex: NodeId, chosen: NodeId, allowed: Collection[NodeId], cost: float) -> None:
@@ -129,7 +143,7 @@ class RandomHop:
     """Any hop, all alike."""
 
     def __init__(self, seed: int) -> None:
-        self._chance = Random(seed)
+        self._chance = Random(seed)  # noqa: S311
 
     def choose(self, vertex: NodeId, allowed: Collection[NodeId], cost: float) -> NodeId:
         """See HopChooser."""
@@ -153,7 +167,7 @@ class ShortestQueue:
 
     def __init__(self, queue_of: Callable[[NodeId], float], seed: int) -> None:
         self._queue_of = queue_of
-        self._chance = Random(seed)
+        self._chance = Random(seed)  # noqa: S311
 
     def choose(self, vertex: NodeId, allowed: Collection[NodeId], cost: float) -> NodeId:
         """See HopChooser."""

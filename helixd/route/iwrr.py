@@ -70,7 +70,7 @@ class WeightedRoundRobin:
         self._credit[node] -= cost
 
     def follow(self, node: NodeId, cost: float = 1.0) -> None:
-        """Account work of that cost to `node`, which an earlier draw chose (decode steps). Takes no time to speak of."""
+        """Account work of that cost to `node`, which an earlier draw chose (decode steps). In constant time."""
         self._given += cost
         self._taken[node] = self._taken.get(node, 0.0) + cost
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from helixd.errors import OutOfKv
 from helixd.ids import Attempt, NodeId, SequenceId
+from helixd.plan.spec import COORDINATOR
 
 _FIRST = Attempt(0)
 _Key = tuple[SequenceId, Attempt]
@@ -52,6 +53,13 @@ class KvLedger:
     def used(self, node: NodeId) -> int:
         """Reserved on `node`, in tokens x layers."""
         return self._used.get(node, 0)
+
+    def fill(self, node: NodeId) -> float:
+        """The share of the node's room that is reserved; 1 for a node without room. The coordinator counts as empty."""
+        if node == COORDINATOR:
+            return 0.0
+        capacity = self.capacity(node)
+        return self.used(node) / capacity if capacity else 1.0
 
     def total_used(self) -> int:
         """Reserved on all nodes together."""

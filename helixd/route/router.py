@@ -19,8 +19,11 @@ from helixd.route.ledger import KvLedger
 Link = tuple[NodeId, NodeId]
 _FIRST = Attempt(0)
 
-SLACK_TOKENS = 0.0
+SLACK_TOKENS = 32_000.0
 """How far, in tokens, a hop may be ahead of its share of flow for the sake of a shorter wait."""
+
+PREFILL_LIMIT_TOKENS = 16_384
+"""More prompts in prefill at once than this serve nobody sooner: every stage of the pipelines has its chunk by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +60,9 @@ class Route:
 class Router:
     """Draws routes of one plan. The ledger may outlive the router: hand it on when the plan changes.
 
-    `kv_capacity_token_layers` is each node's room, as the worker offers it, in tokens x layers. `chooser` decides among
-    admissible hops; left out, in proportion to the plan's flow.
+    `kv_capacity_token_layers` is each node's room, as the worker offers it, in tokens x layers. `chooser` decides
+    among admissible hops; left out, in proportion to the plan's flow. `prefill_limit_tokens`: how many prompt tokens
+    may be in prefill at once; other prompts wait in line, where they hold no KV and may still go elsewhere.
     """
 
     def __init__(
@@ -69,14 +73,19 @@ class Router:
         high_water: float = 0.9,
         ledger: KvLedger | None = None,
         chooser: HopChooser | None = None,
+        prefill_limit_tokens: int | None = PREFILL_LIMIT_TOKENS,
     ) -> None:
         self.plan = plan
         self.ledger = ledger if ledger is not None else KvLedger({}, high_water=high_water)
         for node, room in kv_capacity_token_layers.items():
             self.ledger.set_capacity(node, room)
         self._next = {vertex: tuple(hop.node for hop in hops) for vertex, hops in plan.schedule.items()}
-        self._chooser: HopChooser = chooser or FlowShares(plan.schedule, COORDINATOR, slack_tokens=SLACK_TOKENS)
+        self._chooser: HopChooser = chooser or FlowShares(
+            plan.schedule, COORDINATOR, slack_tokens=SLACK_TOKENS, fill_of=self.ledger.fill
+        )
         self._prefilling: dict[tuple[SequenceId, Attempt], tuple[Route, int]] = {}
+        self._prefill_tokens = 0
+        self._prefill_limit_tokens = prefill_limit_tokens
 
     def draw(
         self,
@@ -91,10 +100,13 @@ class Router:
         """A route for a sequence of `prompt_tokens` (all that is to be prefilled) and about `expected_tokens` more.
 
         Its KV is reserved on every hop. Every admissible path can be found: no walk ends in a dead end. Raises NoRoute
-        with cause "kv" (full now, waiting helps) or "topology" (masked, cut off, or larger than any path's KV room);
-        nothing is reserved then.
+        with cause "kv" (KV or prefill is full now, waiting helps) or "topology" (masked, cut off, or larger than any
+        path's KV room); nothing is reserved then.
         """
         tokens = prompt_tokens + expected_tokens
+        limit = self._prefill_limit_tokens
+        if limit is not None and self._prefill_tokens and self._prefill_tokens + prompt_tokens > limit:
+            raise NoRoute(f"{self._prefill_tokens} prompt tokens are being computed already", cause="kv")
         walk = _Walk(self, prompt_tokens, tokens, frozenset(masked_nodes), frozenset(masked_links))
         if not walk.open_from(COORDINATOR):
             raise self._no_route(walk, prompt_tokens)
@@ -118,13 +130,15 @@ class Router:
             self._chooser.charge(vertex, chosen, allowed, max(1, prompt_tokens))
         route = Route(tuple(hops))
         self._prefilling[sequence, attempt] = route, max(1, prompt_tokens)
+        self._prefill_tokens += max(1, prompt_tokens)
         return route
 
     def prefilled(self, sequence: SequenceId, attempt: Attempt = _FIRST) -> None:
-        """The prompt of an attempt has been computed (or never will be): nobody waits behind it any more. Safe to repeat."""
+        """An attempt's prompt has been computed (or never will be): nobody waits behind it now. Safe to repeat."""
         found = self._prefilling.pop((sequence, attempt), None)
         if found is not None:
             route, cost = found
+            self._prefill_tokens -= cost
             for node in route.nodes:
                 self._chooser.prefilled(node, cost)
 

@@ -19,9 +19,9 @@ class Request:
 class Job:
     """A request on its way: one life of it; recovering starts another.
 
-    `rows` is what its pass under way computes: prompt tokens, or 0 for a decode pass. `wires` are its route's links from
-    the coordinator and back to it, `hop` the one it took last. `emitted`: decode passes that came back. `feedback`: the
-    wire on which the last stage hands a token straight to the first, `drawn` how many it has drawn.
+    `rows` is what its pass under way computes: prompt tokens, or 0 for a decode pass. `wires` are its route's links
+    from the coordinator and back to it, `hop` the one it took last. `emitted`: decode passes that came back.
+    `feedback`: the wire on which the last stage hands a token straight to the first, `drawn` how many it has drawn.
     """
 
     number: int

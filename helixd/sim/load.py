@@ -30,7 +30,7 @@ class Lengths:
 
     def draws(self, seed: int) -> Iterator[Request]:
         """Requests without end."""
-        chance = Random(seed)
+        chance = Random(seed)  # noqa: S311
         while True:
             yield Request(*chance.choice(self.pairs))
 
@@ -58,7 +58,7 @@ class Online:
 
     def arrivals(self, lengths: Lengths, seed: int) -> Iterator[tuple[float, Request]]:
         """(seconds from the start, request), in order, without end."""
-        chance = Random(seed)
+        chance = Random(seed)  # noqa: S311
         requests = lengths.draws(seed + 1)
         per_s = self.tokens_per_s / lengths.mean_tokens
         if not self.per_interval:

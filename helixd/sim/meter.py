@@ -2,8 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from helixd.ids import NodeId
+
+
+class Tally(Protocol):
+    """Who counts what the nodes did."""
+
+    def nodes(self) -> "Mapping[NodeId, NodeReport]":
+        """Each node over the window."""
+        ...
+
+    def round_s(self, passes: int, mean_s: float) -> Mapping[str, float]:
+        """Where the mean decode pass spent its time."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +92,9 @@ class Meter:
     """Collects between `start_s` and `end_s`."""
 
     __slots__ = (
-        "_flight_area", "_flight_s", "_waiting_area", "_waiting_s", "decode_tokens", "dropped", "e2e", "end_s", "finished",
-        "in_flight", "passes", "preempted", "prompt_tokens", "prompts", "recovered", "request_tpot", "start_s", "started",
-        "waiting",
+        "_flight_area", "_flight_s", "_waiting_area", "_waiting_s", "decode_tokens", "dropped", "e2e", "end_s",
+        "finished", "in_flight", "passes", "preempted", "prompt_tokens", "prompts", "recovered", "request_tpot",
+        "start_s", "started", "waiting",
     )  # fmt: skip
 
     def __init__(self, start_s: float, end_s: float) -> None:
@@ -128,14 +141,16 @@ class Meter:
         self._waiting_s = max(self._waiting_s, min(now_s, self.end_s))
         self.waiting += change
 
-    def report(self, policy: str, nodes: Mapping[NodeId, NodeReport], round_s: Mapping[str, float], events: int) -> Report:
+    def report(self, policy: str, tally: Tally, events: int) -> Report:
         """The summary, at the end of the window."""
         self.flying(self.end_s, 0)
         self.queued(self.end_s, 0)
         window_s = self.end_s - self.start_s
+        passes = Quantiles.of(self.passes)
         return Report(
             policy, window_s, self.decode_tokens / window_s, self.prompt_tokens / window_s,
-            Quantiles.of(self.prompts), Quantiles.of(self.passes), Quantiles.of(self.request_tpot),
-            Quantiles.of(self.e2e), self.started, self.finished, self.dropped, self.preempted, self.recovered,
-            self._flight_area / window_s, self._waiting_area / window_s, nodes, round_s, events,
+            Quantiles.of(self.prompts), passes, Quantiles.of(self.request_tpot), Quantiles.of(self.e2e),
+            self.started, self.finished, self.dropped, self.preempted, self.recovered,
+            self._flight_area / window_s, self._waiting_area / window_s,
+            tally.nodes(), tally.round_s(passes.count, passes.mean), events,
         )  # fmt: skip

@@ -16,8 +16,25 @@ class LayerwiseNode:
     """Queues in front of each layer held. `leave(node, jobs)` takes on the jobs whose last layer here is done."""
 
     __slots__ = (
-        "_at", "_copy_s", "_entering", "_first", "_leave", "_layers", "_limits", "_queues", "_times", "_world",
-        "asleep_until_s", "batches", "busy_s", "decodes", "id", "inbound", "prompt_s", "waiting",
+        "_at",
+        "_copy_s",
+        "_entering",
+        "_first",
+        "_layers",
+        "_leave",
+        "_limits",
+        "_queues",
+        "_times",
+        "_world",
+        "asleep_until_s",
+        "batches",
+        "busy_s",
+        "decode_pass_s",
+        "decodes",
+        "id",
+        "inbound",
+        "prompt_s",
+        "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -29,6 +46,7 @@ class LayerwiseNode:
         self.inbound: list[Wire] = []
         self.busy_s = self.prompt_s = 0.0
         self.batches = self.decodes = 0
+        self.decode_pass_s = 0.0
         self.waiting = 0
         self._world = world
         self._first = held.start
@@ -81,6 +99,7 @@ class LayerwiseNode:
         self.prompt_s += prompt_s
         self.batches += 1
         self.decodes += decodes
+        self.decode_pass_s += took_s * decodes
         self._world.at(self._world.now_s + took_s, self._done, batch)
 
     def _done(self, batch: list[Job]) -> None:

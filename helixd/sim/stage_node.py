@@ -17,13 +17,10 @@ from helixd.sim.world import World
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """What one step may hold: decode passes, and prefill rows: `chunk_tokens`, or more where many decode passes share
-    the step's cost, `chunk_per_decode` for each.
-    """
+    """What one step may hold: decode passes, and prefill rows."""
 
     max_sequences: int = 512
-    chunk_tokens: int = 64
-    chunk_per_decode: float = 4.0
+    chunk_tokens: int = 128
 
 
 @dataclass(eq=False, slots=True)
@@ -40,24 +37,30 @@ _Step = tuple[list[Job], list[tuple[Job, int, int]]]
 
 
 class StageNode:
-    """Takes passes off its wires and puts them on the next ones. `on_decoded` hears of each decode pass done here."""
+    """Takes passes off its wires and puts them on the next ones. `decode_pass_s`: seconds of steps, once per pass."""
 
     __slots__ = (
         "_copy_s", "_floor_s", "_limits", "_prefills", "_ready", "_segments", "_times", "_world", "asleep_until_s",
-        "batches", "busy_s", "decodes", "down", "held", "id", "inbound", "prompt_rows", "prompt_s", "step_s",
+        "batches", "busy_s", "decode_pass_s", "decodes", "down", "held", "id", "inbound", "prompt_s",
     )  # fmt: skip
 
     def __init__(
-        self, world: World, node: NodeId, held: LayerRange, times: LayerTimes, limits: StepLimits, activation_bytes: float
+        self,
+        world: World,
+        node: NodeId,
+        held: LayerRange,
+        times: LayerTimes,
+        limits: StepLimits,
+        activation_bytes: float,
     ) -> None:
         self.id = node
         self.held = held
         self.asleep_until_s = inf
         self.inbound: list[Wire] = []
         self.busy_s = self.prompt_s = 0.0
-        self.batches = self.decodes = self.prompt_rows = 0
+        self.batches = self.decodes = 0
+        self.decode_pass_s = 0.0
         self.down = False
-        self.step_s = 0.0
         self._world = world
         self._times = times
         self._limits = limits
@@ -95,7 +98,7 @@ class StageNode:
         self.down = True
         self.asleep_until_s = -inf
         for wire in self.inbound:
-            wire.queue.clear()
+            wire.forget()
         for jobs in self._ready.values():
             jobs.clear()
         self._prefills.clear()
@@ -126,8 +129,7 @@ class StageNode:
         chunks: list[tuple[Job, int, int]] = []
         rows_at: dict[int, int] = {}
         if self._prefills:
-            room = max(limits.chunk_tokens, int(limits.chunk_per_decode * len(decodes)))
-            self._fill(room, chunks, rows_at)
+            self._fill(limits.chunk_tokens, chunks, rows_at)
         took_s, prompt_s, rows = 0.0, 0.0, 0
         times = self._times
         for (entry, layers), count in zip(self._segments, decodes_at, strict=True):
@@ -145,8 +147,7 @@ class StageNode:
         self.prompt_s += prompt_s
         self.batches += 1
         self.decodes += len(decodes)
-        self.prompt_rows += rows
-        self.step_s = took_s
+        self.decode_pass_s += took_s * len(decodes)
         self._world.at(self._world.now_s + took_s, self._done, (decodes, chunks))
 
     def _fill(self, room: int, chunks: list[tuple[Job, int, int]], rows_at: dict[int, int]) -> None:

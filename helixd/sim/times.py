@@ -17,6 +17,7 @@ class Table:
         self._values = [0.0]
 
     def __call__(self, batch: int) -> float:
+        """Seconds for `batch`."""
         values = self._values
         if batch >= len(values):
             values.extend(layer_time_s(self._points, n) for n in range(len(values), batch + 64))

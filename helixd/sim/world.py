@@ -40,3 +40,18 @@ class World:
     def idle(self) -> bool:
         """Whether nothing is to come."""
         return not self._heap
+
+
+def run_window(
+    world: World, start_s: float, end_s: float, begin: Callable[[], None], progress: Callable[[float], None] | None
+) -> None:
+    """Run to `start_s`, call `begin`, run to `end_s`; tell `progress` the share done, a hundred times."""
+    steps = 100 if progress else 1
+    for step in range(1, steps + 1):
+        until_s = end_s * step / steps
+        if world.now_s < start_s <= until_s:
+            world.run(start_s)
+            begin()
+        world.run(until_s)
+        if progress:
+            progress(step / steps)
