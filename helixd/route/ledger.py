@@ -29,7 +29,7 @@ class KvLedger:
     """
 
     def __init__(
-        self, capacity_token_layers: Mapping[NodeId, int], *, high_water: float = 0.9, page_tokens: int = 1
+        self, capacity_token_layers: Mapping[NodeId, int], *, high_water: float = 0.95, page_tokens: int = 1
     ) -> None:
         if not 0 < high_water <= 1:
             raise ValueError(f"high_water must be in (0, 1], is {high_water}")

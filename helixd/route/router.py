@@ -70,7 +70,7 @@ class Router:
         plan: Plan,
         kv_capacity_token_layers: Mapping[NodeId, int],
         *,
-        high_water: float = 0.9,
+        high_water: float = 0.95,
         ledger: KvLedger | None = None,
         chooser: HopChooser | None = None,
         prefill_limit_tokens: int | None = PREFILL_LIMIT_TOKENS,

@@ -42,7 +42,7 @@ class HelixdPolicy:
     """
 
     limits: StepLimits = _LIMITS
-    kv_mark: float = 0.9
+    kv_mark: float = 0.95
     prefill_tokens: int | None = PREFILL_LIMIT_TOKENS
     decode_first: bool = True
     feedback: bool = False

@@ -47,11 +47,13 @@ def run_window(
 ) -> None:
     """Run to `start_s`, call `begin`, run to `end_s`; tell `progress` the share done, a hundred times."""
     steps = 100 if progress else 1
+    begun = False
     for step in range(1, steps + 1):
         until_s = end_s * step / steps
-        if world.now_s < start_s <= until_s:
+        if not begun and start_s <= until_s:
             world.run(start_s)
             begin()
+            begun = True
         world.run(until_s)
         if progress:
             progress(step / steps)
