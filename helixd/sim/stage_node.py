@@ -21,6 +21,7 @@ class StepLimits:
 
     max_sequences: int = 512
     chunk_tokens: int = 128
+    turns: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -40,7 +41,7 @@ class StageNode:
     """Takes passes off its wires and puts them on the next ones. `decode_pass_s`: seconds of steps, once per pass."""
 
     __slots__ = (
-        "_copy_s", "_floor_s", "_limits", "_prefills", "_ready", "_segments", "_times", "_world", "asleep_until_s",
+        "_copy_s", "_floor_s", "_limits", "_prefills", "_ready", "_segments", "_times", "_turn", "_world", "asleep_until_s",
         "batches", "busy_s", "decode_pass_s", "decodes", "down", "held", "id", "inbound", "prompt_s",
     )  # fmt: skip
 
@@ -61,6 +62,7 @@ class StageNode:
         self.batches = self.decodes = 0
         self.decode_pass_s = 0.0
         self.down = False
+        self._turn = 0
         self._world = world
         self._times = times
         self._limits = limits
@@ -115,9 +117,11 @@ class StageNode:
         limits, ready = self._limits, self._ready
         decodes: list[Job] = []
         decodes_at: list[int] = []
+        skip = self._prefills and self._turn < limits.turns
+        self._turn = self._turn + 1 if skip else 0
         for entry, _ in self._segments:
             here = ready[entry]
-            if here:
+            if here and not skip:
                 free = limits.max_sequences - len(decodes)
                 if len(here) <= free:
                     decodes += here

@@ -13,7 +13,7 @@ from helixd.sim.job import Job
 from helixd.sim.world import World
 
 PIECE_BYTES = 256 * 1024
-PIECE_S = 0.002
+PIECE_S = 0.004
 """Prefill rows go in pieces of so many bytes, or of as much as takes this long, whichever is more."""
 
 Edge = tuple[NodeId, NodeId]
