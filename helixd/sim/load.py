@@ -6,6 +6,7 @@ from random import Random
 
 from helixd.sim.job import Request
 
+INPUT_SPREAD, OUTPUT_SPREAD = 0.9, 0.7
 INTERVAL_S = 3.0
 """The arrival trace counts requests per interval of this length."""
 
@@ -17,6 +18,19 @@ class Lengths:
         if not pairs or min(min(pair) for pair in pairs) < 1:
             raise ValueError("a trace of lengths needs pairs of at least one token each")
         self.pairs = tuple(pairs)
+
+    @classmethod
+    def around(cls, mean_input: float, mean_output: float, *, seed: int, count: int = 4000) -> "Lengths":
+        """Made-up lengths with these means, spread as conversations are: many short, few long (log-normal)."""
+        chance = Random(seed)  # noqa: S311
+        pairs: list[tuple[int, int]] = []
+        for _ in range(count):
+            drawn = [
+                round(mean * chance.lognormvariate(-spread * spread / 2, spread))
+                for mean, spread in ((mean_input, INPUT_SPREAD), (mean_output, OUTPUT_SPREAD))
+            ]
+            pairs.append((max(1, drawn[0]), max(1, drawn[1])))
+        return cls(pairs)
 
     @property
     def mean_tokens(self) -> float:

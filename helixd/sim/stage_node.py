@@ -1,7 +1,8 @@
 """A node as helixd's engine is: whole-range stages with mid-range entry, decode first, prefill in chunks.
 
-One step takes every decode pass that waits (up to `max_sequences`) and prefill rows up to the chunk, the oldest prompt
-first; at each layer the batch is everybody who entered at or before it.
+A step takes every decode pass that waits (up to `max_sequences`) and prefill rows up to the chunk, the oldest prompt
+first; between two such steps there may be some of prefill alone. At each layer the batch is everybody who entered at
+or before it.
 """
 
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ from helixd.sim.world import World
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """What one step may hold: decode passes, and prefill rows."""
+    """What one step may hold: decode passes, and prefill rows.
+
+    `prefill_turns`: while prompts wait, how many steps of prefill alone there are between steps with decode passes.
+    """
 
     max_sequences: int = 512
     chunk_tokens: int = 128
-    turns: int = 0
+    prefill_turns: int = 1
 
 
 @dataclass(eq=False, slots=True)
@@ -34,15 +38,15 @@ class _Prefill:
     rows: int = 0
 
 
-_Step = tuple[list[Job], list[tuple[Job, int, int]]]
+_Step = tuple[int, list[Job], list[tuple[Job, int, int]]]
 
 
 class StageNode:
     """Takes passes off its wires and puts them on the next ones. `decode_pass_s`: seconds of steps, once per pass."""
 
     __slots__ = (
-        "_copy_s", "_floor_s", "_limits", "_prefills", "_ready", "_segments", "_times", "_turn", "_world", "asleep_until_s",
-        "batches", "busy_s", "decode_pass_s", "decodes", "down", "held", "id", "inbound", "prompt_s",
+        "_alone", "_copy_s", "_life", "_limits", "_prefills", "_ready", "_segments", "_times", "_world",
+        "asleep_until_s", "batches", "busy_s", "decode_pass_s", "decodes", "down", "held", "id", "inbound", "prompt_s",
     )  # fmt: skip
 
     def __init__(
@@ -62,7 +66,8 @@ class StageNode:
         self.batches = self.decodes = 0
         self.decode_pass_s = 0.0
         self.down = False
-        self._turn = 0
+        self._alone = 0
+        self._life = 0
         self._world = world
         self._times = times
         self._limits = limits
@@ -98,6 +103,7 @@ class StageNode:
     def forget_everything(self) -> None:
         """The node is gone, and all that waited for it."""
         self.down = True
+        self._life += 1
         self.asleep_until_s = -inf
         for wire in self.inbound:
             wire.forget()
@@ -115,13 +121,18 @@ class StageNode:
             return
         self._take_in()
         limits, ready = self._limits, self._ready
+        chunks: list[tuple[Job, int, int]] = []
+        rows_at: dict[int, int] = {}
+        if self._prefills:
+            self._fill(limits.chunk_tokens, chunks, rows_at)
+        # A step without decode passes is short: chunks move on sooner, and the passes share the next step's cost.
+        alone = bool(chunks) and self._alone < limits.prefill_turns
+        self._alone = self._alone + 1 if alone else 0
         decodes: list[Job] = []
         decodes_at: list[int] = []
-        skip = self._prefills and self._turn < limits.turns
-        self._turn = self._turn + 1 if skip else 0
         for entry, _ in self._segments:
             here = ready[entry]
-            if here and not skip:
+            if here and not alone:
                 free = limits.max_sequences - len(decodes)
                 if len(here) <= free:
                     decodes += here
@@ -130,10 +141,6 @@ class StageNode:
                     decodes += here[:free]
                     ready[entry] = here[free:]
             decodes_at.append(len(decodes))
-        chunks: list[tuple[Job, int, int]] = []
-        rows_at: dict[int, int] = {}
-        if self._prefills:
-            self._fill(limits.chunk_tokens, chunks, rows_at)
         took_s, prompt_s, rows = 0.0, 0.0, 0
         times = self._times
         for (entry, layers), count in zip(self._segments, decodes_at, strict=True):
@@ -152,7 +159,7 @@ class StageNode:
         self.batches += 1
         self.decodes += len(decodes)
         self.decode_pass_s += took_s * len(decodes)
-        self._world.at(self._world.now_s + took_s, self._done, (decodes, chunks))
+        self._world.at(self._world.now_s + took_s, self._done, (self._life, decodes, chunks))
 
     def _fill(self, room: int, chunks: list[tuple[Job, int, int]], rows_at: dict[int, int]) -> None:
         """Take up to `room` prefill rows, the oldest prompt's first."""
@@ -171,9 +178,9 @@ class StageNode:
                 del self._prefills[found.job]
 
     def _done(self, step: _Step) -> None:
-        if self.down:
+        life, decodes, chunks = step
+        if life != self._life:
             return
-        decodes, chunks = step
         for job in decodes:
             if job.alive:
                 hop = job.hop = job.hop + 1
