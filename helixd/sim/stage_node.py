@@ -126,7 +126,8 @@ class StageNode:
         if self._prefills:
             self._fill(limits.chunk_tokens, chunks, rows_at)
         # A step without decode passes is short: chunks move on sooner, and the passes share the next step's cost.
-        alone = bool(chunks) and self._alone < limits.prefill_turns
+        # A few rows, as they trickle in from a slow link, are not worth a step.
+        alone = self._alone < limits.prefill_turns and 2 * sum(rows_at.values()) >= limits.chunk_tokens
         self._alone = self._alone + 1 if alone else 0
         decodes: list[Job] = []
         decodes_at: list[int] = []
