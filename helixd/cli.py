@@ -61,6 +61,7 @@ exit status: 0 stopped as asked, 2 usage, 65 bad model data, 70 internal error, 
 # Subcommands: a module with `main(argv)`, imported when it is asked for, and a line about it.
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "plan": ("helixd.commands.plan", "where layers should go on machines that a file describes, and what they serve"),
+    "simulate": ("helixd.commands.simulate", "what a plan serves and how long people wait, in simulated time"),
 }
 
 FIRST_STEPS = """\

@@ -154,6 +154,8 @@ class Admission:
 
     def forget(self, lease: Lease) -> None:
         """The attempt is over; its KV stays reserved until the hops confirm (or are gone)."""
+        if self._router is not None:
+            self._router.prefilled(lease.sequence, lease.attempt)
         self._holders.pop(lease.sequence, None)
 
     def ended(self, run: SequenceRun) -> None:
@@ -164,6 +166,7 @@ class Admission:
     def progressed(self, lease: Lease, tokens: int) -> None:
         """A sequence grew to `tokens`; where a node overflows, the youngest there gives way."""
         if self._router is not None:
+            self._router.prefilled(lease.sequence, lease.attempt)
             self._router.count_decode(lease.route)
         for node in self.ledger.grow(lease.sequence, tokens, attempt=lease.attempt):
             self.relieve(node, "the node's KV cache is full")

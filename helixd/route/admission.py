@@ -34,11 +34,15 @@ class AdmissionQueue(Generic[T]):
     """Waiting items. Higher `priority` first, equal ones by arrival.
 
     `passing_s`: how long others may pass a head that does not fit; `holding_s`: how long they then stand back.
+    `tries`: how many that do not fit are asked at a time, so that a long line costs no more than a short one.
     """
 
-    def __init__(self, limit: int, *, passing_s: float = 2.0, holding_s: float = 2.0) -> None:
+    def __init__(self, limit: int, *, passing_s: float = 2.0, holding_s: float = 2.0, tries: int = 32) -> None:
         if limit < 0:
             raise ValueError(f"limit must be at least 0, is {limit}")
+        if tries < 1:
+            raise ValueError(f"tries must be at least 1, is {tries}")
+        self._tries = tries
         self._limit = limit
         self._passing_s = passing_s
         self._holding_s = holding_s
@@ -77,6 +81,7 @@ class AdmissionQueue(Generic[T]):
         `admits(item)` tries to admit (and, if it can, does: draws the route); it is asked at most once per item.
         """
         admitted: list[Ticket[T]] = []
+        refused = 0
         for ticket in tuple(self._waiting):
             if admits(ticket.item):
                 self._waiting.remove(ticket)
@@ -89,4 +94,7 @@ class AdmissionQueue(Generic[T]):
                 phase_s = (now_s - ticket.blocked_since_s) % cycle if cycle > 0 else 0.0
                 if phase_s >= self._passing_s and self._holding_s > 0:
                     break
+            refused += 1
+            if refused >= self._tries:
+                break
         return admitted

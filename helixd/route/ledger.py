@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from helixd.errors import OutOfKv
 from helixd.ids import Attempt, NodeId, SequenceId
+from helixd.plan.spec import COORDINATOR
 
 _FIRST = Attempt(0)
 _Key = tuple[SequenceId, Attempt]
@@ -28,7 +29,7 @@ class KvLedger:
     """
 
     def __init__(
-        self, capacity_token_layers: Mapping[NodeId, int], *, high_water: float = 0.9, page_tokens: int = 1
+        self, capacity_token_layers: Mapping[NodeId, int], *, high_water: float = 0.95, page_tokens: int = 1
     ) -> None:
         if not 0 < high_water <= 1:
             raise ValueError(f"high_water must be in (0, 1], is {high_water}")
@@ -41,6 +42,9 @@ class KvLedger:
         self._attempts: dict[SequenceId, set[Attempt]] = {}
         self._where: dict[_Key, dict[NodeId, _Held]] = {}
         self._used: dict[NodeId, int] = {}
+        self._over: set[NodeId] = set()
+        # The fewest tokens reserved anywhere for an attempt: below it nothing has to grow, which is most steps.
+        self._least: dict[_Key, int] = {}
 
     def capacity(self, node: NodeId) -> int:
         """Room of `node` in tokens x layers; 0 for an unknown one."""
@@ -49,6 +53,13 @@ class KvLedger:
     def used(self, node: NodeId) -> int:
         """Reserved on `node`, in tokens x layers."""
         return self._used.get(node, 0)
+
+    def fill(self, node: NodeId) -> float:
+        """The share of the node's room that is reserved; 1 for a node without room. The coordinator counts as empty."""
+        if node == COORDINATOR:
+            return 0.0
+        capacity = self.capacity(node)
+        return self.used(node) / capacity if capacity else 1.0
 
     def total_used(self) -> int:
         """Reserved on all nodes together."""
@@ -66,6 +77,7 @@ class KvLedger:
     def set_capacity(self, node: NodeId, token_layers: int) -> None:
         """The node's room changed (a new plan). What is held stays held; `over` tells if it is too much now."""
         self._capacity[node] = token_layers
+        self._change(node, 0)
 
     def affordable_tokens(self, node: NodeId, layers: int) -> int:
         """The most tokens one sequence can ever hold in `layers` layers of `node`, were it alone there."""
@@ -91,22 +103,25 @@ class KvLedger:
         key, tokens = (sequence, attempt), self._paged(tokens)
         held[key] = self._where.setdefault(key, {})[node] = _Held(layers, tokens)
         self._attempts.setdefault(sequence, set()).add(attempt)
-        self._used[node] = self.used(node) + layers * tokens
+        self._least[key] = min(tokens, self._least.get(key, tokens))
+        self._change(node, layers * tokens)
 
     def grow(self, sequence: SequenceId, tokens: int, *, attempt: Attempt = _FIRST) -> tuple[NodeId, ...]:
         """The sequence has `tokens` tokens in KV now: where that is more than was reserved, the reservation follows.
 
         Returns the nodes of the sequence that are over their capacity now; somebody there has to give way.
         """
-        over: list[NodeId] = []
-        tokens = self._paged(tokens)
-        for node, held in self._where.get((sequence, attempt), {}).items():
+        key, tokens = (sequence, attempt), self._paged(tokens)
+        least = self._least.get(key)
+        if least is None or (tokens <= least and not self._over):
+            return ()
+        self._least[key] = max(least, tokens)
+        for node, held in self._where[key].items():
             if tokens > held.tokens:
-                self._used[node] += held.layers * (tokens - held.tokens)
+                more = held.layers * (tokens - held.tokens)
                 held.tokens = tokens
-            if self._used[node] > self.capacity(node):
-                over.append(node)
-        return tuple(over)
+                self._change(node, more)
+        return tuple(node for node in self._where[key] if node in self._over) if self._over else ()
 
     def release(self, sequence: SequenceId, node: NodeId, *, attempt: Attempt | None = None) -> int:
         """Give back what a sequence (one attempt of it, or all) holds on `node`; how much it was. Safe to repeat."""
@@ -117,7 +132,7 @@ class KvLedger:
                 freed += held.layers * held.tokens
                 self._unlink(key, node)
         if freed:
-            self._used[node] -= freed
+            self._change(node, -freed)
         return freed
 
     def release_everywhere(self, sequence: SequenceId, *, attempt: Attempt | None = None) -> int:
@@ -128,11 +143,21 @@ class KvLedger:
         """The node lost all its KV (a new life, or gone): nothing is held there any more; how much it was."""
         for key in self._held.pop(node, {}):
             self._unlink(key, node)
+        self._over.discard(node)
         return self._used.pop(node, 0)
 
     def over(self) -> tuple[NodeId, ...]:
         """Nodes that hold more than their capacity."""
-        return tuple(node for node, used in self._used.items() if used > self.capacity(node))
+        return tuple(node for node in self._used if node in self._over)
+
+    def _change(self, node: NodeId, token_layers: int) -> None:
+        used = self._used.get(node, 0) + token_layers
+        if token_layers:
+            self._used[node] = used
+        if used > self.capacity(node):
+            self._over.add(node)
+        else:
+            self._over.discard(node)
 
     def _paged(self, tokens: int) -> int:
         return -(-tokens // self._page_tokens) * self._page_tokens
@@ -143,7 +168,7 @@ class KvLedger:
     def _unlink(self, key: _Key, node: NodeId) -> None:
         del self._where[key][node]
         if not self._where[key]:
-            del self._where[key]
+            del self._where[key], self._least[key]
             self._attempts[key[0]].discard(key[1])
             if not self._attempts[key[0]]:
                 del self._attempts[key[0]]

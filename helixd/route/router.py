@@ -5,7 +5,7 @@ draining or unreachable comes in as masks. The coordinator and the simulator run
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from helixd.errors import NoRoute
@@ -13,11 +13,17 @@ from helixd.ids import Attempt, NodeId, SequenceId
 from helixd.layers import LayerRange
 from helixd.plan.plan import Plan
 from helixd.plan.spec import COORDINATOR
-from helixd.route.iwrr import WeightedRoundRobin
+from helixd.route.choosers import FlowShares, HopChooser
 from helixd.route.ledger import KvLedger
 
 Link = tuple[NodeId, NodeId]
 _FIRST = Attempt(0)
+
+SLACK_TOKENS = 32_000.0
+"""How far, in tokens, a hop may be ahead of its share of flow for the sake of a shorter wait."""
+
+PREFILL_LIMIT_TOKENS = 16_384
+"""More prompts in prefill at once than this serve nobody sooner: every stage of the pipelines has its chunk by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +42,16 @@ class Route:
     """A sequence's hops in order; together they are every layer once."""
 
     hops: tuple[RouteHop, ...]
+    links: tuple[Link, ...] = field(init=False, repr=False, compare=False)
+    """The links in order, from the coordinator and back to it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "links", tuple(pairwise((COORDINATOR, *self.nodes, COORDINATOR))))
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
         """The nodes in order."""
         return tuple(hop.node for hop in self.hops)
-
-    @property
-    def links(self) -> tuple[Link, ...]:
-        """The links in order, from the coordinator and back to it."""
-        stops = (COORDINATOR, *self.nodes, COORDINATOR)
-        return tuple(pairwise(stops))
 
     def __str__(self) -> str:
         return " -> ".join(str(hop) for hop in self.hops)
@@ -55,7 +60,9 @@ class Route:
 class Router:
     """Draws routes of one plan. The ledger may outlive the router: hand it on when the plan changes.
 
-    `kv_capacity_token_layers` is each node's room, as the worker offers it, in tokens x layers.
+    `kv_capacity_token_layers` is each node's room, as the worker offers it, in tokens x layers. `chooser` decides
+    among admissible hops; left out, in proportion to the plan's flow. `prefill_limit_tokens`: how many prompt tokens
+    may be in prefill at once; other prompts wait in line, where they hold no KV and may still go elsewhere.
     """
 
     def __init__(
@@ -63,21 +70,22 @@ class Router:
         plan: Plan,
         kv_capacity_token_layers: Mapping[NodeId, int],
         *,
-        high_water: float = 0.9,
+        high_water: float = 0.95,
         ledger: KvLedger | None = None,
+        chooser: HopChooser | None = None,
+        prefill_limit_tokens: int | None = PREFILL_LIMIT_TOKENS,
     ) -> None:
         self.plan = plan
         self.ledger = ledger if ledger is not None else KvLedger({}, high_water=high_water)
         for node, room in kv_capacity_token_layers.items():
             self.ledger.set_capacity(node, room)
         self._next = {vertex: tuple(hop.node for hop in hops) for vertex, hops in plan.schedule.items()}
-        self._turns = {
-            vertex: WeightedRoundRobin({hop.node: hop.flow_tokens_per_s for hop in hops})
-            for vertex, hops in plan.schedule.items()
-            if hops
-        }
-        self._through = _through(plan)
-        self._load = dict.fromkeys(self._through, 0.0)
+        self._chooser: HopChooser = chooser or FlowShares(
+            plan.schedule, COORDINATOR, slack_tokens=SLACK_TOKENS, fill_of=self.ledger.fill
+        )
+        self._prefilling: dict[tuple[SequenceId, Attempt], tuple[Route, int]] = {}
+        self._prefill_tokens = 0
+        self._prefill_limit_tokens = prefill_limit_tokens
 
     def draw(
         self,
@@ -92,10 +100,13 @@ class Router:
         """A route for a sequence of `prompt_tokens` (all that is to be prefilled) and about `expected_tokens` more.
 
         Its KV is reserved on every hop. Every admissible path can be found: no walk ends in a dead end. Raises NoRoute
-        with cause "kv" (full now, waiting helps) or "topology" (masked, cut off, or larger than any path's KV room);
-        nothing is reserved then.
+        with cause "kv" (KV or prefill is full now, waiting helps) or "topology" (masked, cut off, or larger than any
+        path's KV room); nothing is reserved then.
         """
         tokens = prompt_tokens + expected_tokens
+        limit = self._prefill_limit_tokens
+        if limit is not None and self._prefill_tokens and self._prefill_tokens + prompt_tokens > limit:
+            raise NoRoute(f"{self._prefill_tokens} prompt tokens are being computed already", cause="kv")
         walk = _Walk(self, prompt_tokens, tokens, frozenset(masked_nodes), frozenset(masked_links))
         if not walk.open_from(COORDINATOR):
             raise self._no_route(walk, prompt_tokens)
@@ -104,7 +115,7 @@ class Router:
         vertex, entry = COORDINATOR, 0
         while True:
             allowed = walk.ways(vertex)
-            chosen = self._turns[vertex].choose(allowed, max(1, prompt_tokens), self._load)
+            chosen = self._chooser.choose(vertex, allowed, max(1, prompt_tokens))
             charged.append((vertex, chosen, allowed))
             if chosen == COORDINATOR:
                 break
@@ -116,19 +127,34 @@ class Router:
                 sequence, hop.node, len(hop.layers), walk.tokens_at(hop.node, len(hop.layers)), attempt=attempt
             )
         for vertex, chosen, allowed in charged:
-            self._charge(vertex, chosen, allowed, max(1, prompt_tokens))
-        return Route(tuple(hops))
+            self._chooser.charge(vertex, chosen, allowed, max(1, prompt_tokens))
+        route = Route(tuple(hops))
+        self._prefilling[sequence, attempt] = route, max(1, prompt_tokens)
+        self._prefill_tokens += max(1, prompt_tokens)
+        return route
+
+    def prefilled(self, sequence: SequenceId, attempt: Attempt = _FIRST) -> None:
+        """An attempt's prompt has been computed (or never will be): nobody waits behind it now. Safe to repeat."""
+        found = self._prefilling.pop((sequence, attempt), None)
+        if found is not None:
+            route, cost = found
+            self._prefill_tokens -= cost
+            for node in route.nodes:
+                self._chooser.prefilled(node, cost)
 
     def count_decode(self, route: Route, tokens: int = 1) -> None:
         """Decode steps load a route too: account `tokens` of them, so that later draws go where there is less."""
+        follow, next_hops = self._chooser.follow, self._next
         for src, dst in route.links:
-            turns = self._turns.get(src)
+            everybody = next_hops.get(src, ())
             # A route of an earlier plan may use hops that this one does not have.
-            if turns is not None and dst in self._next[src]:
-                self._charge(src, dst, self._next[src], tokens)
+            if dst in everybody:
+                follow(src, dst, everybody, tokens)
 
     def release(self, sequence: SequenceId, node: NodeId | None = None, *, attempt: Attempt | None = None) -> int:
         """Give back the KV of a sequence on `node`, or everywhere; how many tokens x layers. Safe to repeat."""
+        for waiting in [key for key in self._prefilling if key[0] == sequence and attempt in (None, key[1])]:
+            self.prefilled(*waiting)
         if node is None:
             return self.ledger.release_everywhere(sequence, attempt=attempt)
         return self.ledger.release(sequence, node, attempt=attempt)
@@ -149,11 +175,6 @@ class Router:
         """Where the schedule lets a sequence go from `vertex`; `COORDINATOR` is the sink."""
         return self._next.get(vertex, ())
 
-    def _charge(self, vertex: NodeId, chosen: NodeId, allowed: Collection[NodeId], tokens: int) -> None:
-        self._turns[vertex].charge(chosen, allowed, tokens)
-        if chosen != COORDINATOR:
-            self._load[chosen] += tokens / self._through[chosen]
-
     def _no_route(self, walk: "_Walk", prompt_tokens: int) -> NoRoute:
         if not walk.with_kv("ignored").open_from(COORDINATOR):
             return NoRoute("no complete pipeline: nodes or links it needs are down or draining", cause="topology")
@@ -163,16 +184,6 @@ class Router:
                 cause="topology",
             )
         return NoRoute("every pipeline's KV cache is full", cause="kv")
-
-
-def _through(plan: Plan) -> dict[NodeId, float]:
-    """Flow into every node that the schedules lead to."""
-    through: dict[NodeId, float] = {}
-    for hops in plan.schedule.values():
-        for hop in hops:
-            if hop.node != COORDINATOR:
-                through[hop.node] = through.get(hop.node, 0.0) + hop.flow_tokens_per_s
-    return through
 
 
 class _Walk:

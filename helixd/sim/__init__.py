@@ -1,1 +1,1 @@
-"""PURE. A discrete-event world that runs the real plan/ and route/ code."""
+"""PURE. A discrete-event world: a ClusterSpec, a placement and the real `helixd.route` code under a load."""

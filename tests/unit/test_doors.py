@@ -26,7 +26,7 @@ MAY = {
     "service": set(),
     "sim": {"plan", "route"},
     "emulation": {"engine", "model", "plan", "worker"},
-    "commands": {"plan", "solver", "model", "config", "exits"},
+    "commands": {"plan", "sim", "solver", "model", "config", "exits"},
 }
 CLOCKS = {"time", "datetime", "asyncio", "threading", "socket", "subprocess", "aiohttp", "uvloop", "torch"}
 NEVER = {

@@ -52,6 +52,16 @@ def test_each_item_is_asked_once() -> None:
     assert asked == ["a", "b", "c"]
 
 
+def test_only_so_many_that_do_not_fit_are_asked() -> None:
+    queue: AdmissionQueue[str] = AdmissionQueue(10, tries=2)
+    for name in ("big1", "big2", "small"):
+        queue.push(name, now_s=0.0)
+    assert items(queue.admit(0.0, lambda item: item == "small")) == []
+    assert items(queue.admit(0.0, lambda item: item != "big2")) == ["big1", "small"]
+    with pytest.raises(ValueError, match="tries"):
+        AdmissionQueue(10, tries=0)
+
+
 def test_deadlines_on_both_sides() -> None:
     queue: AdmissionQueue[str] = AdmissionQueue(5)
     queue.push("a", now_s=0, deadline_s=10)

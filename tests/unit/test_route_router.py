@@ -1,4 +1,5 @@
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from helixd.ids import Attempt, NodeId, SequenceId
 from helixd.layers import LayerRange
 from helixd.plan.plan import Hop, Plan
 from helixd.plan.spec import COORDINATOR
+from helixd.route.choosers import FlowShares
 from helixd.route.ledger import KvLedger
 from helixd.route.router import Route, Router
 
@@ -38,7 +40,7 @@ def two_by_three() -> Plan:
     return plan_of(12, placement, schedule)
 
 
-def roomy(plan: Plan, room: int = 10**9, **options: float) -> Router:
+def roomy(plan: Plan, room: int = 10**9, **options: Any) -> Router:
     return Router(plan, dict.fromkeys(plan.placement, room), **options)
 
 
@@ -148,7 +150,8 @@ def test_attempts_hold_their_kv_apart() -> None:
 
 
 def test_decode_load_moves_later_draws_elsewhere() -> None:
-    router = roomy(two_by_three())
+    plan = two_by_three()
+    router = roomy(plan, chooser=FlowShares(plan.schedule, COORDINATOR))
     busy = router.draw(SequenceId(0), 10, 0)
     router.count_decode(busy, 30)
     for i in range(1, 5):

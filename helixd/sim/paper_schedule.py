@@ -1,0 +1,159 @@
+"""The max-flow scheduler of the paper's simulator: its flow, its fixed link rates, its expected KV, its draws.
+
+Of all max flows its own is unknown, and throughput depends on which it is: by tens of percent where many hops are
+alternatives. `even` takes the one that shares load over equal alternatives, else one that fills paths one by one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from helixd.ids import NodeId
+from helixd.layers import LayerRange
+from helixd.plan.flow import Flow, FlowModel
+from helixd.plan.spec import COORDINATOR, ClusterSpec
+from helixd.sim.job import Job, Request
+from helixd.sim.wires import Edge, Wire
+
+Placement = Mapping[NodeId, LayerRange]
+
+LEAST_SHARE = 0.05
+EXPECTED_OUTPUT = 240
+
+
+def scheduled_flow(spec: ClusterSpec, placement: Placement, *, even: bool) -> Flow:
+    """A max flow in which a link between nodes carries bandwidth / (token + activation bytes)."""
+    size = spec.model.token_bytes + spec.model.activation_bytes
+    return FlowModel(replace(spec, model=replace(spec.model, activation_bytes=size))).solve(placement, spread=even)
+
+
+class ExpectedKv:
+    """What the scheduler expects to be kept on each node, in tokens x layers."""
+
+    def __init__(self, spec: ClusterSpec, placement: Placement, *, offline: bool) -> None:
+        self._ratio = 1.0 if offline else 0.6
+        self._mark = 0.85 if offline else 0.9
+        self._used = dict.fromkeys(placement, 0.0)
+        self._room = {
+            node.id: node.profile.kv_capacity_token_layers[len(placement[node.id]) - 1]
+            for node in spec.nodes
+            if node.id in placement
+        }
+        self._layers = {node: len(held) for node, held in placement.items()}
+        self._held: dict[int, list[tuple[NodeId, float]]] = {}
+
+    def expected(self, request: Request) -> int:
+        """Tokens that a request is taken to grow to."""
+        return int(request.input_tokens + EXPECTED_OUTPUT * self._ratio)
+
+    def fits(self, node: NodeId, tokens: int) -> bool:
+        """Whether a sequence of so many tokens may come to `node`: charged for all its layers."""
+        return self._used[node] + tokens * self._layers[node] <= self._mark * self._room[node]
+
+    def reserve(self, job: Job, hops: list[tuple[NodeId, int]], tokens: int) -> None:
+        """Charge a drawn sequence for the layers it uses on every hop."""
+        self._held[job.number] = [(node, float(layers * tokens)) for node, layers in hops]
+        for node, size in self._held[job.number]:
+            self._used[node] += size
+
+    def release(self, job: Job) -> None:
+        """The sequence is over."""
+        for node, size in self._held.pop(job.number, ()):
+            self._used[node] -= size
+
+    def fill(self, node: NodeId) -> float:
+        """The share of a node's room that is expected to be used."""
+        return self._used[node] / self._room[node]
+
+    def fullest(self) -> float:
+        """The largest share of any node."""
+        return max(used / self._room[node] for node, used in self._used.items())
+
+
+class FlowDraws:
+    """The paper's max-flow scheduler: at every vertex the hop with the least work per flow so far."""
+
+    def __init__(
+        self, spec: ClusterSpec, placement: Placement, flow: Flow, kv: ExpectedKv, wires: Mapping[Edge, Wire]
+    ) -> None:
+        self._placement = placement
+        self._kv = kv
+        self._wires = wires
+        out: dict[NodeId, dict[NodeId, float]] = {}
+        for (src, dst), tokens_per_s in flow.edges.items():
+            out.setdefault(src, {})[dst] = tokens_per_s
+        self._flow = {
+            src: {dst: rate for dst, rate in hops.items() if rate >= LEAST_SHARE * sum(hops.values())}
+            for src, hops in out.items()
+        }
+        self._load: dict[Edge, float] = {(src, dst): 0.0 for src, hops in self._flow.items() for dst in hops}
+        self._longest = {
+            node.id: node.profile.batch_limits[len(placement[node.id]) - 1].prompt_max_tokens
+            for node in spec.nodes
+            if node.id in placement and len(node.profile.batch_limits) >= len(placement[node.id])
+        }
+
+    def draw(self, job: Job) -> list[Wire] | None:
+        """The wires of a route, its KV reserved; None if some vertex has no candidate."""
+        rows = job.rows
+        tokens = self._kv.expected(job.request)
+        vertex, entry = COORDINATOR, 0
+        wires: list[Wire] = []
+        hops: list[tuple[NodeId, int]] = []
+        while True:
+            best, least = None, float("inf")
+            for hop, rate in self._flow[vertex].items():
+                if hop != COORDINATOR:
+                    longest = self._longest.get(hop)
+                    if (longest is not None and rows > longest) or not self._kv.fits(hop, tokens):
+                        continue
+                load = self._load[vertex, hop] + rows / rate
+                if load < least:
+                    best, least = hop, load
+            if best is None:
+                return None
+            self._load[vertex, best] = least
+            wires.append(self._wires[vertex, best])
+            if best == COORDINATOR:
+                break
+            end = self._placement[best].end
+            hops.append((best, end - entry))
+            vertex, entry = best, end
+        self._kv.reserve(job, hops, tokens)
+        return wires
+
+    def follow(self, job: Job) -> None:
+        """A decode pass goes that way again."""
+        load, flow = self._load, self._flow
+        for wire in job.wires:
+            load[wire.src, wire.dst] += 1 / flow[wire.src][wire.dst]
+
+
+def plain_rates(spec: ClusterSpec, edges: Mapping[Edge, float]) -> dict[Edge, float]:
+    """Each link's own rate, in bytes/s."""
+    bandwidth = {(link.src, link.dst): link.bandwidth_bytes_per_s for link in spec.links}
+    return {edge: bandwidth[edge] for edge in edges}
+
+
+def shared_rates(spec: ClusterSpec, flow: Flow, edges: Mapping[Edge, float]) -> dict[Edge, float]:
+    """A link's fixed rate: its own, and its share by flow of the NICs at its ends."""
+    nic_out = {node.id: node.nic_out_bytes_per_s for node in spec.nodes}
+    nic_in = {node.id: node.nic_in_bytes_per_s for node in spec.nodes}
+    nic_out[COORDINATOR] = spec.coordinator_nic_out_bytes_per_s
+    nic_in[COORDINATOR] = spec.coordinator_nic_in_bytes_per_s
+    leaving: dict[NodeId, float] = {}
+    coming: dict[NodeId, float] = {}
+    for (src, dst), tokens_per_s in flow.edges.items():
+        leaving[src] = leaving.get(src, 0.0) + tokens_per_s
+        coming[dst] = coming.get(dst, 0.0) + tokens_per_s
+    rates = plain_rates(spec, edges)
+    for edge in edges:
+        src, dst = edge
+        carried = flow.edges.get(edge, 0.0)
+        if carried <= 0:
+            continue
+        send, receive = nic_out[src], nic_in[dst]
+        if send is not None:
+            rates[edge] = min(rates[edge], send * carried / leaving[src])
+        if receive is not None:
+            rates[edge] = min(rates[edge], receive * carried / coming[dst])
+    return rates
