@@ -34,7 +34,10 @@ class _Waiter:
 
 
 class Admission:
-    """The one owner of the queue, the ledger and the sequences that hold routes."""
+    """The one owner of the queue, the ledger and the sequences that hold routes.
+
+    `preemptions`: how often a sequence lost its route for want of KV room.
+    """
 
     def __init__(
         self, queue_limit: int, failover_wait_s: float, mean_output_tokens: float,
@@ -51,6 +54,7 @@ class Admission:
         self._holders: dict[SequenceId, tuple[SequenceRun, Lease]] = {}
         self._new: list[_Waiter] = []
         self._changed = asyncio.Event()
+        self.preemptions = 0
 
     # -- what the coordinator says -----------------------------------------------------------------------------------
 
@@ -180,6 +184,7 @@ class Admission:
         ]
         if len(here) > 1:
             run, lease = max(here, key=lambda held: held[0].order)
+            self.preemptions += 1
             run.deliver(Broken(lease.attempt, "preempted", reason))
 
     def shares(self, node: NodeId, sequence: SequenceId) -> bool:

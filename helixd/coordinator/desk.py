@@ -40,7 +40,6 @@ class WorkerDesk:
         weights: WeightServer, greeting: Greeting, tasks: asyncio.TaskGroup,
     ) -> None:  # fmt: skip
         self.failovers = 0
-        self.preemptions = 0
         self.closing = False
         self._fleet = fleet
         self._admission = admission
@@ -208,7 +207,7 @@ class WorkerDesk:
         )  # fmt: skip
         code = message.code if message.code in STAGE_CODES else "compute"
         if code == "kv_full":
-            self.preemptions += 1
+            self._admission.preemptions += 1
             if self._admission.shares(NodeId(message.node), run.id):
                 code = "preempted"
             self._admission.relieve(NodeId(message.node), "an older sequence needs its KV room")

@@ -80,7 +80,7 @@ def cluster_view(c: Coordinator) -> Mapping[str, object]:
             "running": c.admission.running,
             "waiting": c.admission.waiting,
             "failovers": c.desk.failovers,
-            "preemptions": c.desk.preemptions,
+            "preemptions": c.admission.preemptions,
         },
     }
 

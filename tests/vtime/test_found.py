@@ -118,7 +118,7 @@ def test_a_burst_that_does_not_fit_at_once_is_answered_whole_without_a_fault():
         asked += [w.clients.ask(tuple(range(at, at + 63)), 13, seed=at) for at in range(12)]
         w.wait_until(lambda: not w.clients.running, 60, "it takes too long")
         assert [client.outcome for client in asked] == ["finished"] * len(asked)
-        assert w.coordinator.desk.preemptions > 0
+        assert w.coordinator.admission.preemptions > 0
         settle(w)
 
 

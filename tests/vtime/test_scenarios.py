@@ -22,6 +22,8 @@ from tests.vtime.world import COORDINATOR, HUB, PORT, WIRE, ProcessEndpoint, Wor
 DEAD_S = WIRE.dead_after_s
 AGAIN_S = 3.0
 """More than the longest prompt of these tests takes to be computed again."""
+FIT_ANYWHERE = 3
+"""Sequences that the smallest node of `PAIRS` has KV room for: none has to wait for another's end."""
 PAIRS = {"w0": (0, 3), "w1": (0, 3), "w2": (3, 6), "w4": (3, 6)}
 CHAIN = {"w0": (0, 3), "w2": (3, 6)}
 
@@ -61,7 +63,7 @@ def loaded(w: World) -> dict[str, int]:
 @pytest.mark.parametrize("after_s", [0.01, 0.2, 0.8, 1.7])
 def test_a_killed_worker_is_a_pause_of_a_re_prefill(victim: str, after_s: float) -> None:
     with serving(PAIRS) as w:
-        clients = streams(w)
+        clients = streams(w, FIT_ANYWHERE)
         w.advance(after_s)
         w.kill_worker(victim)
         finish(w)
