@@ -19,13 +19,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 from helixd.emulation.hollow import HollowModel
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
 from helixd.plan.spec import ClusterSpec
+from helixd.sim.stage_node import StepLimits
 
 MODEL = "rehearsed"
 READY_WITHIN_S = 300.0
+
+
+DEFAULT_LIMITS = StepLimits()
 
 
 class RehearsalFailed(Exception):
@@ -42,6 +48,7 @@ class Stage:
     hollow: HollowModel
     time_scale: float
     placement: Mapping[NodeId, LayerRange] | None
+    limits: StepLimits = DEFAULT_LIMITS
     settings: tuple[str, ...] = ()
 
 
@@ -90,6 +97,26 @@ class RehearsalCluster:
             time.sleep(0.5)
         raise RehearsalFailed(f"not ready within {READY_WITHIN_S:g} s: {why}; logs are in {self.home}")
 
+    def wait_view(self) -> Any:
+        """`/cluster`, once every node that serves has told its KV room. Raises RehearsalFailed."""
+        deadline = time.monotonic() + READY_WITHIN_S
+        while time.monotonic() < deadline:
+            self.check()
+            view = self.get("/cluster")
+            serving = [node for node in view["nodes"] if node["layers"]]
+            if serving and all(node["load"] and node["load"]["kv_capacity_token_layers"] for node in serving):
+                return view
+            time.sleep(0.5)
+        raise RehearsalFailed(f"not every node tells its KV room; logs are in {self.home}")
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """Processor time that the coordinator and all workers together have taken so far."""
+        found = {"coordinator": 0.0, "workers": 0.0}
+        for name, process in self._processes.items():
+            times = psutil.Process(process.pid).cpu_times()
+            found["coordinator" if name == "coordinator" else "workers"] += times.user + times.system
+        return found
+
     def check(self) -> None:
         """Raise RehearsalFailed if a process has ended."""
         for name, process in self._processes.items():
@@ -109,11 +136,16 @@ class RehearsalCluster:
         stage, scale = self.stage, self.stage.time_scale
         slow = [
             f"cluster.timers.step={120 * scale:.0f}s", "cluster.timers.dead_after=60s", "cluster.timers.send=600s",
-            "log.level=warning",
+            "cluster.timers.ping=5s", "log.level=warning",
         ]  # fmt: skip
+        limits = [
+            f"engine.max_batch_sequences={stage.limits.max_sequences}",
+            f"engine.max_batch_tokens={stage.limits.max_sequences + stage.limits.chunk_tokens}",
+            f"engine.prefill_chunk_tokens={stage.limits.chunk_tokens}",
+        ]
         self._spawn(
             "coordinator", "--role", "coordinator", "--config", str(self._config()), "--model", str(stage.model_dir),
-            "--listen", self.api, "--peer-listen", self._peers, *_set(slow), *_set(stage.settings),
+            "--listen", self.api, "--peer-listen", self._peers, *_set(slow), *_set(limits), *_set(stage.settings),
         )  # fmt: skip
         for node in stage.spec.nodes:
             if node.exclude:

@@ -1,39 +1,52 @@
-"""The load of a rehearsal: requests of a trace's lengths through the HTTP API, timed on this side of it.
+"""The load of a rehearsal: the simulator's requests through the HTTP API, timed on this side of it.
 
 All figures are in the cluster's own seconds: what passes here, divided by the time scale. A request of (in, out)
 tokens asks for out + 1: the first comes with the prompt, and each of the others is a decode pass.
 """
 
 import asyncio
-import json
-import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import aiohttp
+import msgspec
 
-Lengths = tuple[int, int]
+from helixd.sim.job import Request
+from helixd.sim.load import Lengths, Load, Offline
+
+
+class _Choice(msgspec.Struct):
+    text: str
+
+
+class _Failure(msgspec.Struct):
+    message: str
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    error: _Failure | None = None
+
+
+_DECODER = msgspec.json.Decoder(_Chunk)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What is sent. `in_flight`: so many open requests at any time; else `rate_per_s` arrivals (Poisson)."""
+    """What is sent: `load` as the simulator has it, an Offline one with so many clients `in_flight`."""
 
     url: str
     model: str
-    lengths: Sequence[Lengths]
-    warm_up_s: float
-    window_s: float
+    lengths: Lengths
+    load: Load
     time_scale: float
     seed: int
-    in_flight: int | None
-    rate_per_s: float | None
 
 
 @dataclass(slots=True)
 class Measured:
-    """What was seen inside the window, in the cluster's seconds."""
+    """What was seen inside the window, in the cluster's seconds. `in_flight` is a mean over it."""
 
     window_s: float
     decode_tokens: int = 0
@@ -55,68 +68,67 @@ class RehearsalLoad:
     def __init__(self, session: aiohttp.ClientSession, plan: LoadPlan) -> None:
         self._session = session
         self._plan = plan
-        self._random = random.Random(plan.seed)
+        self._requests = plan.lengths.draws(plan.seed)
         self._began_s = 0.0
-        self.measured = Measured(plan.window_s)
+        self._from_s = plan.load.warmup_s
+        self._until_s = plan.load.warmup_s + plan.load.measure_s
+        self.measured = Measured(plan.load.measure_s)
 
     async def run(self) -> Measured:
         """Warm up, measure, stop."""
-        plan = self._plan
+        plan, load = self._plan, self._plan.load
         self._began_s = time.monotonic()
-        total_s = (plan.warm_up_s + plan.window_s) * plan.time_scale
         try:
-            async with asyncio.timeout(total_s), asyncio.TaskGroup() as tasks:
-                if plan.in_flight is not None:
-                    for number in range(plan.in_flight):
-                        tasks.create_task(self._for_ever(number), name=f"client {number}")
+            async with asyncio.timeout(self._until_s * plan.time_scale), asyncio.TaskGroup() as tasks:
+                if isinstance(load, Offline):
+                    assert load.in_flight is not None
+                    for number in range(load.in_flight):
+                        tasks.create_task(self._for_ever(), name=f"client {number}")
                 else:
-                    assert plan.rate_per_s is not None
-                    await self._arrivals(tasks, plan.rate_per_s)
+                    await self._arrivals(tasks, load.arrivals(plan.lengths, plan.seed))
         except TimeoutError:
             pass  # the window is over
         return self.measured
 
-    async def _arrivals(self, tasks: asyncio.TaskGroup, rate_per_s: float) -> None:
-        number = 0
-        while True:
-            await asyncio.sleep(self._random.expovariate(rate_per_s) * self._plan.time_scale)
-            tasks.create_task(self._request(), name=f"request {number}")
-            number += 1
+    async def _arrivals(self, tasks: asyncio.TaskGroup, arrivals: Iterator[tuple[float, Request]]) -> None:
+        for number, (at_s, request) in enumerate(arrivals):
+            await asyncio.sleep((at_s - self._now_s()) * self._plan.time_scale)
+            tasks.create_task(self._send(request), name=f"request {number}")
 
-    async def _for_ever(self, number: int) -> None:
-        # Not all at once: the first prompts would arrive as one lump that the window still remembers.
-        await asyncio.sleep(0.1 * number * self._plan.time_scale)
+    async def _for_ever(self) -> None:
         while True:
-            await self._request()
+            await self._send(next(self._requests))
 
-    async def _request(self) -> None:
-        plan = self._plan
-        prompt_tokens, output_tokens = self._random.choice(plan.lengths)
+    async def _send(self, request: Request) -> None:
         body = {
-            "model": plan.model, "prompt": [65] * prompt_tokens, "max_tokens": output_tokens + 1, "stream": True,
-            "temperature": 0, "ignore_eos": True, "stream_options": {"include_usage": False},
+            "model": self._plan.model, "prompt": [65] * request.input_tokens,
+            "max_tokens": request.output_tokens + 1, "stream": True, "temperature": 0, "ignore_eos": True,
         }  # fmt: skip
         sent_s = self._now_s()
         last_s = None
         try:
-            async with self._session.post(f"{plan.url}/v1/completions", json=body) as response:
+            async with self._session.post(f"{self._plan.url}/v1/completions", json=body) as response:
                 if response.status != 200:
-                    self.measured.errors.append(f"HTTP {response.status}: {(await response.text())[:200]}")
+                    self._failed(f"HTTP {response.status}: {(await response.text())[:200]}")
                     return
                 async for line in response.content:
                     if not line.startswith(b"data: {"):
                         continue
-                    chunk = json.loads(line[6:])
-                    if "error" in chunk:
-                        self.measured.errors.append(str(chunk["error"]["message"])[:200])
+                    chunk = _DECODER.decode(line[6:])
+                    if chunk.error is not None:
+                        self._failed(chunk.error.message[:200])
                         return
-                    for _ in chunk["choices"][0]["text"]:
-                        last_s = self._token(sent_s, last_s, prompt_tokens)
+                    for choice in chunk.choices:
+                        for _ in choice.text:
+                            last_s = self._token(sent_s, last_s, request.input_tokens)
         except aiohttp.ClientError as error:
-            self.measured.errors.append(f"{type(error).__name__}: {error}")
+            self._failed(f"{type(error).__name__}: {error}")
             return
         if self._inside(self._now_s()):
             self.measured.finished += 1
+
+    def _failed(self, why: str) -> None:
+        self.measured.errors.append(why)
 
     def _token(self, sent_s: float, last_s: float | None, prompt_tokens: int) -> float:
         now_s = self._now_s()
@@ -130,7 +142,7 @@ class RehearsalLoad:
         return now_s
 
     def _inside(self, now_s: float) -> bool:
-        return self._plan.warm_up_s <= now_s < self._plan.warm_up_s + self._plan.window_s
+        return self._from_s <= now_s < self._until_s
 
     def _now_s(self) -> float:
         """Since the start, in the cluster's seconds."""

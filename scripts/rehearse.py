@@ -1,181 +1,292 @@
 #!/usr/bin/env python3
 """Rehearse a cluster on this machine: real daemons, frames and HTTP, machines that only take the time.
 
-    scripts/rehearse.py CLUSTER [--plan FILE] [--time-scale 4] [--window 120] [--warm-up 60]
-                        [--in-flight N | --rate TOKENS_PER_S] [--lengths FILE] [--json]
+    scripts/rehearse.py CLUSTER [--plan PLAN] [--time-scale 4] [--warm-up 60] [--window 120]
+                        [--in-flight N | --rate TOKENS_PER_S [--arrivals FILE]] [--trace FILE] [--json]
 
-CLUSTER is a file of the format helixd-cluster/1. A coordinator and one emulated worker per node are started; requests
-of the lengths in FILE (rows "input_tokens,output_tokens") go through the API. --plan pins a placement; without it the
-coordinator plans. Figures are in the cluster's seconds. If this machine was more than 70 % busy in the window, its own
-slowness would be part of the figures: the run is then repeated at twice the scale, up to --max-scale.
+CLUSTER is a file of the format helixd-cluster/1. A coordinator and one emulated worker per node are started, and
+requests go through the API: so many clients that the cluster is full, or --in-flight, or arrivals at --rate. Lengths
+are those of --trace (CSV with columns input_tokens and output_tokens), else spread around the file's workload. --plan
+pins a placement: a plan file, or the name of a rule; without it the coordinator plans.
+
+Then the same plan is simulated under the same load (what helixd simulate does), and both are printed. Figures are in
+the cluster's seconds. A machine that is more than 70 % busy is part of what it measures: such a run does not count, it
+is broken off as soon as that shows and repeated at a slower scale, up to --max-scale.
 """
 
 import argparse
 import asyncio
 import json
-import statistics
 import sys
 import tempfile
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
+import uvloop
 from rehearsal_cluster import MODEL, RehearsalCluster, RehearsalFailed, Stage
-from rehearsal_load import Lengths, LoadPlan, Measured, RehearsalLoad
+from rehearsal_load import LoadPlan, Measured, RehearsalLoad
+from rehearsal_twin import clients_for, served_plan, simulated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from helixd.commands.cluster_source import load_cluster
+from helixd.commands.failure import CommandFailed
+from helixd.commands.simulate_inputs import the_plan
+from helixd.commands.trace_file import load_counts, load_lengths
 from helixd.emulation.hollow import write_hollow_checkpoint
-from helixd.errors import HelixError
-from helixd.ids import NodeId
-from helixd.layers import LayerRange
-from helixd.plan.clusterfile import parse_cluster
+from helixd.plan.plan import Plan
+from helixd.plan.spec import ClusterSpec
+from helixd.sim.load import Lengths, Load, Offline, Online
+from helixd.sim.meter import Quantiles, Report
+from helixd.sim.stage_node import StepLimits
 
 BUSY_LIMIT = 0.7
-DEFAULT_LENGTHS: tuple[Lengths, ...] = ((100, 60), (300, 150), (700, 250), (1200, 300), (1500, 400))
+BUSY_AIM = 0.55
+SAMPLE_S = 2.0
+"""How busy the machine is is asked so often, in seconds here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rehearsed:
-    """One run's figures and what they were got under."""
+    """One run's figures, what they were got under, and what the simulator says. `cpu` is seconds per second here."""
 
     time_scale: float
     busy_share: float
-    placement: dict[str, list[int]]
-    max_flow_tokens_per_s: float | None
+    cpu: dict[str, float]
+    plan: Plan
+    load: Load
     measured: Measured
+    twin: Report
+
+    @property
+    def ratio(self) -> float:
+        """Decode tokens/s, measured by simulated."""
+        simulated = self.twin.decode_tokens_per_s
+        return self.measured.decode_tokens_per_s / simulated if simulated else 0.0
 
     def as_json(self) -> dict[str, Any]:
         """Fit for `--json`."""
-        m = self.measured
+        m, twin = self.measured, self.twin
         return {
             "time_scale": self.time_scale,
             "busy_share": round(self.busy_share, 3),
+            "cpu_share": {name: round(share, 3) for name, share in self.cpu.items()},
+            "warm_up_s": self.load.warmup_s,
             "window_s": m.window_s,
-            "placement": self.placement,
-            "max_flow_tokens_per_s": self.max_flow_tokens_per_s,
-            "decode_tokens_per_s": m.decode_tokens_per_s,
-            "total_tokens_per_s": m.decode_tokens_per_s + m.prompt_tokens / m.window_s,
-            "ttft_s": _spread(m.ttft_s),
-            "tpot_s": _spread(m.tpot_s),
-            "finished": m.finished,
-            "errors": len(m.errors),
-        }
+            "in_flight": self.load.in_flight if isinstance(self.load, Offline) else None,
+            "placement": {node: list(layers.to_pair()) for node, layers in self.plan.placement.items()},
+            "max_flow_tokens_per_s": self.plan.max_flow_tokens_per_s,
+            "ratio": self.ratio,
+            "rehearsed": _figures(
+                m.decode_tokens_per_s, m.prompt_tokens / m.window_s, Quantiles.of(m.ttft_s), Quantiles.of(m.tpot_s),
+                m.finished,
+            ),
+            "simulated": _figures(
+                twin.decode_tokens_per_s, twin.prompt_tokens_per_s, twin.ttft_s, twin.tpot_s, twin.finished
+            ),
+            "preempted": {"simulated": twin.preempted},
+            "errors": m.errors[:20],
+        }  # fmt: skip
 
 
-def _spread(values: list[float]) -> dict[str, float | None]:
-    if not values:
-        return {"p50": None, "p95": None, "mean": None}
-    ordered = sorted(values)
-    p50, p95 = (ordered[min(len(ordered) - 1, int(len(ordered) * share))] for share in (0.5, 0.95))
-    return {"p50": p50, "p95": p95, "mean": statistics.fmean(values)}
+def _figures(decode: float, prompt: float, ttft: Quantiles, tpot: Quantiles, finished: int) -> dict[str, Any]:
+    return {
+        "decode_tokens_per_s": decode,
+        "total_tokens_per_s": decode + prompt,
+        "ttft_s": {"p50": ttft.p50, "p95": ttft.p95, "mean": ttft.mean},
+        "tpot_s": {"p50": tpot.p50, "p95": tpot.p95, "mean": tpot.mean},
+        "finished": finished,
+    }
 
 
-async def rehearse(cluster: RehearsalCluster, load: LoadPlan) -> Rehearsed:
-    """Put the load on a cluster that serves."""
+class TooBusy(Exception):
+    """This machine cannot keep up at this scale; `share` is how busy it is."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__(f"{share:.0%} busy")
+        self.share = share
+
+
+class Watch:
+    """How busy the machine and the daemons are, from the second half of the warm-up on. Raises TooBusy early."""
+
+    def __init__(self, cluster: RehearsalCluster, load: LoadPlan) -> None:
+        self._cluster = cluster
+        self._warm_up_s = load.load.warmup_s * load.time_scale
+        self._window_s = load.load.measure_s * load.time_scale
+        self.busy_share = 0.0
+        self.cpu: dict[str, float] = {}
+
+    async def run(self) -> None:
+        """Until shortly before the window ends."""
+        await asyncio.sleep(self._warm_up_s / 2)
+        await self._over(self._warm_up_s / 2)
+        before = self._cluster.cpu_seconds()
+        self.busy_share = await self._over(self._window_s * 0.98)
+        after = self._cluster.cpu_seconds()
+        self.cpu = {name: (after[name] - before[name]) / (self._window_s * 0.98) for name in after}
+
+    async def _over(self, seconds: float) -> float:
+        """The mean over so many seconds."""
+        psutil.cpu_percent()
+        shares: list[float] = []
+        samples = max(1, round(seconds / SAMPLE_S))
+        for _ in range(samples):
+            await asyncio.sleep(seconds / samples)
+            shares.append(psutil.cpu_percent() / 100)
+            mean = sum(shares) / len(shares)
+            if len(shares) >= max(5, samples // 3) and mean > BUSY_LIMIT:
+                raise TooBusy(mean)
+        if mean > BUSY_LIMIT:
+            raise TooBusy(mean)
+        return mean
+
+
+async def put_load(cluster: RehearsalCluster, load: LoadPlan) -> tuple[Measured, Watch]:
+    """Put the load on a cluster that serves. Raises TooBusy, RehearsalFailed."""
     timeout = aiohttp.ClientTimeout(total=None, sock_read=None)
+    watch = Watch(cluster, load)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
         client = RehearsalLoad(session, load)
-        async with asyncio.TaskGroup() as tasks:
-            busy = tasks.create_task(_busy_share(load), name="busy")
-            measured = await client.run()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(watch.run(), name="watch")
+                measured = await client.run()
+        except* TooBusy as found:
+            raise found.exceptions[0] from None
     cluster.check()
-    view = cluster.get("/cluster")
-    placement = {node["id"]: node["layers"] for node in view["nodes"] if node["layers"]}
-    flow = (view.get("plan") or {}).get("max_flow_tokens_per_s")
-    scale = load.time_scale
-    return Rehearsed(scale, busy.result(), placement, None if flow is None else flow * scale, measured)
+    return measured, watch
 
 
-async def _busy_share(load: LoadPlan) -> float:
-    await asyncio.sleep(load.warm_up_s * load.time_scale)
-    psutil.cpu_percent()
-    await asyncio.sleep(load.window_s * load.time_scale * 0.98)
-    return float(psutil.cpu_percent()) / 100
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What is rehearsed."""
+
+    file: Path
+    spec: ClusterSpec
+    plan: Plan | None
+    lengths: Lengths
+    load: Load
+    limits: StepLimits
+    seed: int
+    settings: tuple[str, ...]
 
 
-def read_data(path: Path) -> Any:
-    """JSON or TOML by the file's ending. Raises OSError, ValueError."""
-    text = path.read_text(encoding="utf-8")
-    return tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-
-
-def read_lengths(path: Path) -> tuple[Lengths, ...]:
-    """Rows `input_tokens,output_tokens`; a header is passed over. Raises OSError, ValueError."""
-    rows = [line.split(",") for line in path.read_text().splitlines() if line[:1].isdigit()]
-    return tuple((int(row[0]), int(row[1])) for row in rows)
+def rehearse(script: Script, time_scale: float) -> Rehearsed:
+    """One run. Raises TooBusy, RehearsalFailed."""
+    spec = script.spec
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as name:
+        home = Path(name)
+        hollow = write_hollow_checkpoint(home / "model", spec)
+        placement = None if script.plan is None else script.plan.placement
+        stage = Stage(
+            script.file, spec, home / "model", hollow, time_scale, placement,
+            script.limits, script.settings,
+        )  # fmt: skip
+        with RehearsalCluster(home, stage) as cluster:
+            cluster.wait_ready()
+            plan = served_plan(cluster.wait_view(), spec.model.num_layers, time_scale)
+            load = script.load
+            if isinstance(load, Offline):
+                load = clients_for(spec, plan, script.limits, script.lengths, load, script.seed)
+            sent = LoadPlan(f"http://{cluster.api}", MODEL, script.lengths, load, time_scale, script.seed)
+            measured, watch = uvloop.run(put_load(cluster, sent))
+    twin = simulated(spec, plan, script.limits, script.lengths, load, script.seed)
+    return Rehearsed(time_scale, watch.busy_share, watch.cpu, plan, load, measured, twin)
 
 
 def show(run: Rehearsed) -> None:
     """Print it for people."""
-    m, figures = run.measured, run.as_json()
-    print(f"time scale {run.time_scale:g}, window {m.window_s:g} s, this machine {run.busy_share:.0%} busy")
-    print(f"  {m.decode_tokens_per_s:8.1f} decode tokens/s, {figures['total_tokens_per_s']:.1f} with prompts")
+    found = run.as_json()
+    clients = f", {found['in_flight']} clients" if found["in_flight"] else ""
+    print(
+        f"{len(run.plan.placement)} nodes, time scale {run.time_scale:g}, window {run.measured.window_s:g} s after"
+        f" {run.load.warmup_s:g} s{clients}; this machine {run.busy_share:.0%} busy"
+        f" (coordinator {run.cpu.get('coordinator', 0.0):.0%} of a core)"
+    )
+    print(f"{'':24}{'rehearsed':>12}{'simulated':>12}{'ratio':>8}")
+    real, twin = found["rehearsed"], found["simulated"]
+    rows = [(name.replace("_per_s", "/s").replace("_", " "), real[name], twin[name]) for name in list(real)[:2]]
     for name in ("ttft_s", "tpot_s"):
-        spread = figures[name]
-        if spread["p50"] is not None:
-            print(f"  {name[:-2]}: p50 {spread['p50']:.3f} s, p95 {spread['p95']:.3f} s, mean {spread['mean']:.3f} s")
-    print(f"  {m.finished} requests ended, {len(m.errors)} errors{': ' + m.errors[0] if m.errors else ''}")
+        rows += [(f"{name[:4]} {at}, s", real[name][at], twin[name][at]) for at in ("p50", "p95")]
+    rows.append(("requests ended", real["finished"], twin["finished"]))
+    for label, a, b in rows:
+        print(f"{label:24}{a:12.5g}{b:12.5g}{a / b if b else 0.0:8.3f}")
+    errors = run.measured.errors
+    if errors:
+        print(f"{len(errors)} errors, the first: {errors[0]}")
 
 
 def main() -> int:
     """Rehearse, slower if need be, and print."""
     options = _parser().parse_args()
     try:
-        spec = parse_cluster(read_data(options.cluster))
-        placement = None
-        if options.plan is not None:
-            pairs = read_data(options.plan)["placement"]
-            placement = {NodeId(node): LayerRange(*pair) for node, pair in pairs.items()}
-        lengths = read_lengths(options.lengths) if options.lengths else DEFAULT_LENGTHS
-    except (OSError, ValueError, KeyError, HelixError) as error:
+        script = _script(options)
+    except CommandFailed as error:
         print(f"rehearse.py: {error}", file=sys.stderr)
-        return 2
+        return error.status
     scale = options.time_scale
     while True:
-        with tempfile.TemporaryDirectory(prefix="rehearsal-") as name:
-            home = Path(name)
-            hollow = write_hollow_checkpoint(home / "model", spec)
-            stage = Stage(
-                options.cluster.resolve(), spec, home / "model", hollow, scale, placement, tuple(options.set)
-            )  # fmt: skip
-            try:
-                with RehearsalCluster(home, stage) as cluster:
-                    cluster.wait_ready()
-                    mean = statistics.fmean(sum(pair) for pair in lengths)
-                    load = LoadPlan(
-                        f"http://{cluster.api}", MODEL, lengths, options.warm_up, options.window, scale, options.seed,
-                        None if options.rate else options.in_flight, options.rate / mean if options.rate else None,
-                    )  # fmt: skip
-                    run = asyncio.run(rehearse(cluster, load))
-            except RehearsalFailed as error:
-                print(f"rehearse.py: {error}", file=sys.stderr)
+        try:
+            run = rehearse(script, scale)
+        except TooBusy as found:
+            slower = round(scale * max(1.25, found.share / BUSY_AIM), 2)
+            if slower > options.max_scale:
+                print(
+                    f"rehearse.py: this machine is {found} at scale {scale:g}: too much to count, and slower than"
+                    f" --max-scale {options.max_scale:g} is not allowed",
+                    file=sys.stderr,
+                )
                 return 1
-        if run.busy_share <= BUSY_LIMIT or scale * 2 > options.max_scale:
-            break
-        print(f"{run.busy_share:.0%} busy at scale {scale:g}: again at {scale * 2:g}", file=sys.stderr)
-        scale *= 2
+            print(f"{found} at scale {scale:g}: does not count, again at {slower:g}", file=sys.stderr)
+            scale = slower
+            continue
+        except RehearsalFailed as error:
+            print(f"rehearse.py: {error}", file=sys.stderr)
+            return 1
+        break
     if options.json:
         print(json.dumps(run.as_json()))
     else:
         show(run)
-    return 0 if not run.measured.errors and run.busy_share <= BUSY_LIMIT else 1
+    return 1 if run.measured.errors else 0
+
+
+def _script(options: argparse.Namespace) -> Script:
+    spec = load_cluster(options.cluster)
+    plan = None if options.plan is None else the_plan(options.plan, spec, seed=options.seed)
+    if options.trace is not None:
+        lengths, _ = load_lengths(options.trace)
+    else:
+        workload = spec.workload
+        lengths = Lengths.around(workload.mean_input_tokens, workload.mean_output_tokens, seed=options.seed)
+    load: Load
+    if options.rate is not None:
+        counts = load_counts(options.arrivals) if options.arrivals else ()
+        load = Online(options.rate, counts, warmup_s=options.warm_up, measure_s=options.window)
+    else:
+        load = Offline(options.in_flight, warmup_s=options.warm_up, measure_s=options.window)
+    return Script(
+        options.cluster.resolve(), spec, plan, lengths, load, StepLimits(), options.seed, tuple(options.set)
+    )  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cluster", type=Path, metavar="CLUSTER")
-    parser.add_argument("--plan", type=Path, metavar="FILE", help='a placement: {"placement": {node: [start, end)}}')
+    parser.add_argument("--plan", metavar="PLAN", help="plan file, auto, or the name of a rule for placing layers")
     parser.add_argument("--time-scale", type=float, default=4.0, help="seconds here per second of the cluster [4]")
     parser.add_argument("--max-scale", type=float, default=32.0, help="do not repeat slower than this [32]")
     parser.add_argument("--warm-up", type=float, default=60.0, help="the cluster's seconds before the window [60]")
     parser.add_argument("--window", type=float, default=120.0, help="the cluster's seconds that are measured [120]")
-    parser.add_argument("--in-flight", type=int, default=300, help="open requests at any time [300]")
-    parser.add_argument("--rate", type=float, help="instead: tokens/s offered, prompt and output together")
-    parser.add_argument("--lengths", type=Path, metavar="FILE", help="rows input_tokens,output_tokens")
+    load = parser.add_mutually_exclusive_group()
+    load.add_argument("--in-flight", type=int, help="clients, each with one request at any time [as many as fill it]")
+    load.add_argument("--rate", type=float, help="instead: tokens/s offered, prompt and output together")
+    parser.add_argument("--arrivals", type=Path, metavar="FILE", help="with --rate: requests per 3 s, for their bursts")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="lengths: CSV, input_tokens and output_tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the coordinator")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -1,12 +1,13 @@
 """Links shaped to a cluster file: one message at a time per link, for bytes / bandwidth, then the latency passes.
 
-The rules of the paper's simulator, on the event loop's clock. A node's network card bounds each of its links, but
-links do not share it.
+The rules of the paper's simulator, on the event loop's clock; but decode rows go before prefill rows that wait. A
+node's network card bounds each of its links, but links do not share it.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 from helixd.ids import NodeId
 from helixd.plan.spec import COORDINATOR, ClusterSpec
@@ -14,10 +15,21 @@ from helixd.worker.shaping import LinkFigures
 
 # What may wait for a slow link before prefill holds back, as in an outbox.
 SOFT_BYTES = 32 << 20
+GRAIN_S = 0.0005
+"""A link that is free so soon is free: timers are not set for less."""
+
+
+class _Waiting(NamedTuple):
+    since_s: float
+    size_bytes: int
+    arrive: Callable[[], None]
 
 
 class Lane:
-    """One direction of one link, in order. Bounded by its users: they hold back while `waiting_bytes` is large."""
+    """One direction of one link, in order; urgent messages go ahead of others that have not begun to cross.
+
+    Bounded by its users: they hold back while `waiting_bytes` is large.
+    """
 
     def __init__(self, bandwidth_bytes_per_s: float, latency_s: float, on_drained: Callable[[], None]) -> None:
         self.waiting_bytes = 0
@@ -25,28 +37,49 @@ class Lane:
         self._latency_s = latency_s
         self._on_drained = on_drained
         self._free_at_s = 0.0
-        self._crossing: deque[tuple[float, int, Callable[[], None]]] = deque()
+        self._urgent: deque[_Waiting] = deque()
+        self._others: deque[_Waiting] = deque()
+        self._crossing: deque[tuple[float, _Waiting]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
-    def carry(self, size_bytes: int, arrive: Callable[[], None]) -> None:
+    def carry(self, size_bytes: int, arrive: Callable[[], None], *, urgent: bool = False) -> None:
         """Let a message cross; `arrive` is called when it has."""
-        loop = asyncio.get_running_loop()
-        self._free_at_s = max(loop.time(), self._free_at_s) + size_bytes / self._bandwidth_bytes_per_s
-        self._crossing.append((self._free_at_s + self._latency_s, size_bytes, arrive))
+        now_s = asyncio.get_running_loop().time()
+        (self._urgent if urgent else self._others).append(_Waiting(now_s, size_bytes, arrive))
         self.waiting_bytes += size_bytes
-        if self._timer is None:
-            self._timer = loop.call_at(self._crossing[0][0], self._arrived)
+        self._move(now_s)
 
-    def _arrived(self) -> None:
-        loop = asyncio.get_running_loop()
+    def _tick(self) -> None:
+        self._timer = None
+        now_s = asyncio.get_running_loop().time()
         was_full = self.waiting_bytes > SOFT_BYTES
-        while self._crossing and self._crossing[0][0] <= loop.time():
-            _, size_bytes, arrive = self._crossing.popleft()
-            self.waiting_bytes -= size_bytes
-            arrive()
-        self._timer = loop.call_at(self._crossing[0][0], self._arrived) if self._crossing else None
+        self._move(now_s)
+        while self._crossing and self._crossing[0][0] <= now_s:
+            _, message = self._crossing.popleft()
+            self.waiting_bytes -= message.size_bytes
+            message.arrive()
+        self._set_timer()
         if was_full and self.waiting_bytes <= SOFT_BYTES:
             self._on_drained()
+
+    def _move(self, now_s: float) -> None:
+        """Put onto the link what it is free for."""
+        while self._free_at_s <= now_s + GRAIN_S and (waiting := self._urgent or self._others):
+            message = waiting.popleft()
+            begins_s = max(self._free_at_s, message.since_s)
+            self._free_at_s = begins_s + message.size_bytes / self._bandwidth_bytes_per_s
+            self._crossing.append((self._free_at_s + self._latency_s, message))
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._timer is None and self._crossing:
+            next_s = self._crossing[0][0]
+            if self._urgent or self._others:
+                next_s = min(next_s, self._free_at_s)
+            self._timer = asyncio.get_running_loop().call_at(next_s, self._tick)
+        elif self._timer is not None and (self._urgent or self._others) and self._free_at_s < self._timer.when():
+            self._timer.cancel()
+            self._timer = asyncio.get_running_loop().call_at(self._free_at_s, self._tick)
 
 
 class ShapedLinks:
@@ -75,13 +108,13 @@ class ShapedLinks:
             elif link.src == COORDINATOR and link.dst == me:
                 self._in = lane
 
-    def outward(self, node: NodeId | None, size_bytes: int, send: Callable[[], None]) -> None:
+    def outward(self, node: NodeId | None, size_bytes: int, send: Callable[[], None], *, urgent: bool = False) -> None:
         """See `Shaping`. What has no link in the file goes as the socket lets it: the plan does not use it."""
         lane = self._out.get(node or COORDINATOR)
         if lane is None:
             send()
         else:
-            lane.carry(size_bytes, send)
+            lane.carry(size_bytes, send, urgent=urgent)
 
     def inward(self, size_bytes: int, handle: Callable[[], None]) -> None:
         """See `Shaping`."""

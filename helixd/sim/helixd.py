@@ -14,6 +14,7 @@ from helixd.plan.spec import COORDINATOR, ClusterSpec
 from helixd.route.admission import AdmissionQueue
 from helixd.route.choosers import FixedRoundRobin, HopChooser, RandomHop, ShortestQueue, Swarm
 from helixd.route.expectation import OutputLength
+from helixd.route.ledger import KvLedger
 from helixd.route.router import PREFILL_LIMIT_TOKENS, Route, Router
 from helixd.sim.job import Job, Request
 from helixd.sim.load import Lengths, Load, Offline
@@ -38,7 +39,8 @@ class HelixdPolicy:
     """The engine's and the coordinator's options. `chooser` is one of CHOOSERS; "flow" is Helix, the rest baselines.
 
     `feedback`: the last stage sends the token to the first directly where there is a link, not by the coordinator.
-    `decode_first`: decode passes overtake prefill on links.
+    `decode_first`: decode passes overtake prefill on links. `kv_page_tokens`: KV is given out in pages of so many
+    tokens. `lengths_announced`: clients ask for as many tokens as they get, not for more; the ledger goes by that.
     """
 
     limits: StepLimits = _LIMITS
@@ -47,6 +49,8 @@ class HelixdPolicy:
     decode_first: bool = True
     feedback: bool = False
     chooser: str = "flow"
+    kv_page_tokens: int = 1
+    lengths_announced: bool = False
 
     @property
     def name(self) -> str:
@@ -106,7 +110,8 @@ class Simulation:
             name: node.profile.kv_capacity_token_layers[len(layers) - 1] for name, (node, layers) in held.items()
         }
         self.router = Router(
-            plan, {node: int(size) for node, size in room.items()}, high_water=policy.kv_mark,
+            plan, {node: int(size) for node, size in room.items()},
+            ledger=KvLedger({}, high_water=policy.kv_mark, page_tokens=policy.kv_page_tokens),
             chooser=self._chooser(), prefill_limit_tokens=policy.prefill_tokens,
         )  # fmt: skip
         wires = [*self.wires.values(), *self.feedback.values()]
@@ -160,10 +165,11 @@ class Simulation:
         self.meter.queued(now_s, +1)
 
     def _admit(self) -> None:
-        """Let in whom there is room for. Offline there is always a next request."""
+        """Let in whom there is room for. Offline there is always a next request, if need be of a client that is free."""
         offline = isinstance(self.load, Offline)
+        clients = self.load.in_flight if isinstance(self.load, Offline) else None
         while offline or len(self.queue):
-            while offline and len(self.queue) < BACKLOG:
+            while offline and len(self.queue) < (BACKLOG if clients is None else clients - len(self.flying)):
                 self._push(next(self.requests))
             admitted = self.queue.admit(self.world.now_s, self._try)
             self.meter.queued(self.world.now_s, -len(admitted))
@@ -171,13 +177,13 @@ class Simulation:
                 return
 
     def _try(self, job: Job) -> bool:
-        kept = self.load.in_flight if isinstance(self.load, Offline) else None
-        if kept is not None and len(self.flying) >= kept:
-            return False
         sequence, attempt = SequenceId(job.number), Attempt(job.attempt)
-        expected = self.expect.expect(self.longest_output, emitted=job.emitted)
+        longest = job.request.output_tokens + 1 if self.policy.lengths_announced else self.longest_output
+        expected = self.expect.expect(longest, emitted=job.emitted)
+        page = self.policy.kv_page_tokens
+        reserved = -(-(job.rows + expected) // page) * page
         try:
-            route = self.router.draw(sequence, job.rows, expected, attempt=attempt, masked_nodes=self.masked)
+            route = self.router.draw(sequence, job.rows, reserved - job.rows, attempt=attempt, masked_nodes=self.masked)
         except NoRoute:
             return False
         now_s = self.world.now_s

@@ -16,7 +16,7 @@ FRAME_OVERHEAD_BYTES = 256
 
 
 class Outbox:
-    """Frames on the way to one peer, in order."""
+    """Frames on the way to one peer, in order; urgent ones, in order too, overtake those that are not."""
 
     def __init__(
         self, link: Link, on_drained: Callable[[], None], soft_bytes: int = 32 << 20, hard_bytes: int = 256 << 20
@@ -25,6 +25,7 @@ class Outbox:
         self._on_drained = on_drained
         self._soft_bytes = soft_bytes
         self._hard_bytes = hard_bytes
+        self._urgent: deque[Frame] = deque()
         self._frames: deque[Frame] = deque()
         self._bytes = 0
         self._more = asyncio.Event()
@@ -35,15 +36,15 @@ class Outbox:
         """Whether what can wait should wait."""
         return self._bytes > self._soft_bytes
 
-    def post(self, frame: Frame) -> None:
+    def post(self, frame: Frame, *, urgent: bool = False) -> None:
         """Queue a frame. Never waits; over the hard bound the link is closed instead."""
         if self.link.closed is not None or self._overflow:
             return
-        self._frames.append(frame)
+        (self._urgent if urgent else self._frames).append(frame)
         self._bytes += _cost(frame)
         if self._bytes > self._hard_bytes:
             self._overflow = True
-            self._frames.clear()
+            self._clear()
         self._more.set()
 
     async def run(self) -> None:
@@ -53,25 +54,29 @@ class Outbox:
             if self._overflow:
                 await self.link.close(f"{self._hard_bytes >> 20} MiB wait for this peer and it takes nothing")
                 return
-            if not self._frames:
+            if not (self._urgent or self._frames):
                 self._more.clear()
                 continue
-            frame = self._frames.popleft()
+            frame = (self._urgent or self._frames).popleft()
             try:
                 await self.link.send(frame)
             except PeerLost:
                 # Whoever watches the link is told by its on_lost handler; here only the queue ends.
-                self._frames.clear()
+                self._clear()
                 return
             except FrameError as error:
                 # A peer that grants too little for what it must hear cannot follow any more; nobody else is to suffer.
-                self._frames.clear()
+                self._clear()
                 await self.link.close(f"what must be said next cannot be sent: {error}")
                 return
             was_congested = self.congested
             self._bytes -= _cost(frame)
             if was_congested and not self.congested:
                 self._on_drained()
+
+    def _clear(self) -> None:
+        self._urgent.clear()
+        self._frames.clear()
 
 
 def _cost(frame: Frame) -> int:

@@ -1,8 +1,10 @@
 """Which queued passes a node computes next: decode first, prefill in chunks. Pure; knows no tensors and no clock.
 
-Passes of one sequence run in the order they were added. A sequence whose next pass is one row counts as decoding; it
-is never kept waiting behind prefill rows of others. A prefill pass longer than the chunk is cut, so that decode steps
-overtake it between chunks. Queues are bounded by what admission lets in; nothing is dropped here.
+Passes of one sequence run in the order they were added. A sequence whose next pass is one row counts as decoding; of
+others' prefill it waits for one chunk at most. A prefill pass longer than the chunk is cut, so that decode steps
+overtake it between chunks. While prompts wait, every other step is a chunk alone: it is short, so the chunk is at its
+next stage sooner, and the decode passes that gather meanwhile share the cost of the step after it. Queues are bounded
+by what admission lets in; nothing is dropped here.
 """
 
 from collections import OrderedDict, deque
@@ -43,6 +45,10 @@ class Pass:
         return head, tail
 
 
+PREFILL_TURNS = 1
+"""How many steps of prefill alone there may be between steps that take decode passes (see `helixd.sim`)."""
+
+
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
     """`max_sequences` per step; `max_tokens` rows per step; `chunk_tokens` prefill rows per step."""
@@ -60,6 +66,7 @@ class Batcher:
         self._decodes: OrderedDict[SequenceId, deque[Pass]] = OrderedDict()
         self._prefills: OrderedDict[SequenceId, deque[Pass]] = OrderedDict()
         self._queued_tokens = 0
+        self._alone = 0
 
     @property
     def queued_tokens(self) -> int:
@@ -92,11 +99,13 @@ class Batcher:
         """Take the next step's passes, at most one per sequence; empty when nothing can run.
 
         `held_back` says which sequences' prefill must wait (their next hop takes nothing now); decode rows are few
-        and always go.
+        and go with the next step that is not prefill alone.
         """
         batch: list[Pass] = []
-        prefills = list(self._prefills)
-        for handle in list(self._decodes):
+        prefills = [handle for handle in self._prefills if not held_back(handle)]
+        alone = self._alone < PREFILL_TURNS and self._worth_a_step(prefills)
+        self._alone = self._alone + 1 if alone else 0
+        for handle in () if alone else list(self._decodes):
             if len(batch) >= min(self.limits.max_sequences, self.limits.max_tokens):
                 break
             batch.append(self._take(self._decodes, handle, at_most=1))
@@ -104,13 +113,20 @@ class Batcher:
         for handle in prefills:
             if room <= 0 or len(batch) >= self.limits.max_sequences:
                 break
-            if held_back(handle):
-                continue
             item = self._take(self._prefills, handle, at_most=room)
             room -= item.n
             batch.append(item)
         self._queued_tokens -= sum(item.n for item in batch)
         return batch
+
+    def _worth_a_step(self, prefills: list[SequenceId]) -> bool:
+        """Whether these have half a chunk at least: a few rows, as a slow link brings them, go with the decodes."""
+        rows = 0
+        for handle in prefills[: self.limits.max_sequences]:
+            rows += self._prefills[handle][0].n
+            if 2 * rows >= self.limits.chunk_tokens:
+                return True
+        return False
 
     def _take(self, queues: OrderedDict[SequenceId, deque[Pass]], handle: SequenceId, at_most: int) -> Pass:
         """The head of a sequence's queue, cut to `at_most` rows; the rest waits where its next pass belongs."""

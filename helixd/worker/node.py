@@ -48,8 +48,8 @@ class Post(Protocol):
         """Queue a message for the coordinator (dropped if there is none: it has forgotten our sequences)."""
         ...
 
-    def to_node(self, node: NodeId, message: Activations, payload: memoryview) -> bool:
-        """Queue activations for another node; False if there is no link to it."""
+    def to_node(self, node: NodeId, message: Activations, payload: memoryview, *, urgent: bool) -> bool:
+        """Queue activations for another node, ahead of what is not urgent; False if there is no link to it."""
         ...
 
     def congested(self, node: NodeId) -> bool:
@@ -270,7 +270,8 @@ class NodeRuntime:
             self._fail_pass(item, "compute", why)
 
     def _send_rows(self, node: NodeId, items: list[Pass], rows: memoryview) -> None:
-        by_epoch: dict[Epoch, list[tuple[Part, memoryview]]] = {}
+        """Decode rows and prefill rows in messages of their own: on a slow link the first must not wait."""
+        by_kind: dict[tuple[Epoch, bool], list[tuple[Part, memoryview]]] = {}
         at, row_bytes = 0, self.compute.row_bytes
         for item in items:
             piece = rows[at : at + item.n * row_bytes]
@@ -278,12 +279,12 @@ class NodeRuntime:
             local = self._book.by_handle(item.handle)
             if local is not None:
                 part = Part(local.sequence, local.attempt, item.step, item.start, item.n, item.sample)
-                by_epoch.setdefault(local.epoch, []).append((part, piece))
-        for epoch, parts in by_epoch.items():
-            whole = len(by_epoch) == 1 and len(parts) == len(items)
-            payload = rows if whole else memoryview(bytearray().join(piece for _, piece in parts))
+                by_kind.setdefault((local.epoch, item.n == 1), []).append((part, piece))
+        for epoch, urgent in sorted(by_kind, key=lambda kind: not kind[1]):
+            parts = by_kind[epoch, urgent]
+            payload = rows if len(parts) == len(items) else _joined([piece for _, piece in parts])
             message = Activations(self.incarnation, epoch, node, [part for part, _ in parts])
-            if not self._post.to_node(node, message, payload):
+            if not self._post.to_node(node, message, payload, urgent=urgent):
                 for item in items:
                     self._fail_pass(item, "link_lost", f"no link to {node}")
 
@@ -365,6 +366,10 @@ class NodeRuntime:
 
     def _now(self) -> float:
         return time.monotonic()
+
+
+def _joined(pieces: list[memoryview]) -> memoryview:
+    return pieces[0] if len(pieces) == 1 else memoryview(bytearray().join(pieces))
 
 
 def _with_handle(item: Pass, handle: SequenceId) -> Pass:

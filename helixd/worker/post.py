@@ -70,8 +70,8 @@ class PostOffice:
         if box is not None:
             self._send(None, box, to_frame(message), TOKEN_BYTES)
 
-    def to_node(self, node: NodeId, message: Activations, payload: memoryview) -> bool:
-        """Queue activations for another node; False if there is no link to its peer."""
+    def to_node(self, node: NodeId, message: Activations, payload: memoryview, *, urgent: bool) -> bool:
+        """Queue activations for another node, ahead of what is not urgent; False if there is no link to its peer."""
         peer = self._hosts.get(node)
         if peer == self._me:
             self._deliver_here(node, message, payload)
@@ -79,7 +79,7 @@ class PostOffice:
         box = self._boxes.get(peer) if peer is not None else None
         if box is None:
             return False
-        self._send(node, box, to_frame(message, payload), payload.nbytes)
+        self._send(node, box, to_frame(message, payload), payload.nbytes, urgent)
         return True
 
     def congested(self, node: NodeId) -> bool:
@@ -90,8 +90,8 @@ class PostOffice:
             return True
         return box is not None and box.congested
 
-    def _send(self, node: NodeId | None, box: Outbox, frame: Frame, size_bytes: int) -> None:
+    def _send(self, node: NodeId | None, box: Outbox, frame: Frame, size_bytes: int, urgent: bool = False) -> None:
         if self._shaping is None:
-            box.post(frame)
+            box.post(frame, urgent=urgent)
         else:
-            self._shaping.outward(node, size_bytes, lambda: box.post(frame))
+            self._shaping.outward(node, size_bytes, lambda: box.post(frame, urgent=urgent), urgent=urgent)

@@ -19,10 +19,13 @@ class LinkFigures:
 
 
 class Shaping(Protocol):
-    """Delays that keep each link's order. `node` is the other end, None for the coordinator."""
+    """Delays that keep each link's order, urgent messages and others each among themselves.
 
-    def outward(self, node: NodeId | None, size_bytes: int, send: Callable[[], None]) -> None:
-        """Call `send` once a message of that size has crossed the link to `node`."""
+    `node` is the other end, None for the coordinator.
+    """
+
+    def outward(self, node: NodeId | None, size_bytes: int, send: Callable[[], None], *, urgent: bool = False) -> None:
+        """Call `send` once a message of that size has crossed the link to `node`, urgent ones ahead of others."""
         ...
 
     def inward(self, size_bytes: int, handle: Callable[[], None]) -> None:

@@ -48,6 +48,17 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
+async def test_urgent_frames_overtake_the_others_and_each_kind_stays_in_order() -> None:
+    peer = Peer()
+    outbox = Outbox(peer, lambda: None)
+    for kind in range(6):
+        outbox.post(Frame(kind, None), urgent=kind % 2 == 1)
+    running = asyncio.ensure_future(outbox.run())
+    await settle()
+    assert [frame.kind for frame in peer.sent] == [1, 3, 5, 0, 2, 4]
+    running.cancel()
+
+
 async def test_frames_leave_in_order_and_room_is_told_once() -> None:
     peer, drained = Peer(), []
     outbox = Outbox(peer, lambda: drained.append(1), soft_bytes=3 * FRAME_OVERHEAD_BYTES, hard_bytes=1 << 20)

@@ -49,9 +49,16 @@ def test_a_split_pass_is_the_same_rows_in_two_parts_and_only_the_last_draws(make
     assert head.step == tail.step == whole.step
 
 
-def test_decode_goes_before_a_prefill_that_came_first() -> None:
+def test_decode_goes_before_a_prefill_that_came_first_but_for_one_chunk() -> None:
     batcher = filled(BatchLimits(8, 64, 16), ids_pass(1, 0, 40), ids_pass(2, 7, 1))
+    assert [(item.handle, item.n) for item in batcher.next_batch()] == [(1, 16)]
     assert [(item.handle, item.n) for item in batcher.next_batch()] == [(2, 1), (1, 16)]
+
+
+def test_less_than_half_a_chunk_is_no_step_of_its_own() -> None:
+    for n, decodes in ((7, [2]), (8, [])):
+        batch = filled(BatchLimits(8, 64, 16), ids_pass(1, 0, n), ids_pass(2, 7, 1)).next_batch()
+        assert [item.handle for item in batch if item.n == 1] == decodes
 
 
 def test_a_chunk_is_at_most_the_limit_on_both_sides() -> None:
@@ -69,6 +76,7 @@ def test_a_half_done_prefill_is_finished_before_the_next_begins() -> None:
 
 def test_decode_rows_leave_prefill_what_is_left_of_the_step() -> None:
     batcher = filled(BatchLimits(8, 6, 6), *(ids_pass(n, 9, 1) for n in range(4)), ids_pass(9, 0, 10))
+    assert [(i.handle, i.n) for i in batcher.next_batch()] == [(9, 6)]
     assert [(i.handle, i.n) for i in batcher.next_batch()] == [(0, 1), (1, 1), (2, 1), (3, 1), (9, 2)]
 
 
@@ -93,7 +101,8 @@ def test_held_back_prefill_waits_and_decode_does_not() -> None:
 
 def test_a_dropped_sequence_leaves_nothing_behind() -> None:
     batcher = filled(BatchLimits(8, 64, 4), ids_pass(1, 0, 10, arrived_s=1.0), ids_pass(2, 3, 1, arrived_s=2.0))
-    batcher.next_batch()
+    for _ in range(2):
+        batcher.next_batch()
     batcher.drop(SequenceId(1))
     batcher.drop(SequenceId(99))
     assert batcher.queued_tokens == 0
@@ -156,10 +165,13 @@ def test_any_arrivals_are_computed_once_in_order_and_within_the_limits(world: Wo
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=6), st.integers(1, 8))
-def test_a_waiting_decode_row_is_in_the_very_next_batch(prefills: list[int], chunk: int) -> None:
+def test_a_waiting_decode_row_is_in_the_next_batch_or_the_one_after(prefills: list[int], chunk: int) -> None:
     batcher = Batcher(BatchLimits(8, 16, chunk))
     for handle, n in enumerate(prefills):
         batcher.add(ids_pass(handle, 0, n))
     for at in range(sum(prefills)):
         batcher.add(ids_pass(100, at, 1))
-        assert 100 in [item.handle for item in batcher.next_batch()]
+        taken = [item.handle for item in batcher.next_batch()]
+        if 100 not in taken:
+            taken = [item.handle for item in batcher.next_batch()]
+        assert 100 in taken

@@ -82,7 +82,8 @@ class Mailbox:
     def to_coordinator(self, message: m.Message) -> None:
         self.told.append(message)
 
-    def to_node(self, node: NodeId, message: m.Activations, payload: memoryview) -> bool:
+    def to_node(self, node: NodeId, message: m.Activations, payload: memoryview, *, urgent: bool) -> bool:
+        assert urgent == all(part.n == 1 for part in message.parts)
         if self.reachable:
             self.rows.append((node, message, memoryview(bytes(payload)).cast("f").tolist()[::HIDDEN]))
         return self.reachable
