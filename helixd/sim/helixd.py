@@ -165,7 +165,7 @@ class Simulation:
         self.meter.queued(now_s, +1)
 
     def _admit(self) -> None:
-        """Let in whom there is room for. Offline there is always a next request, if need be of a client that is free."""
+        """Let in whom there is room for. Offline there is always a next request, given a client that is free."""
         offline = isinstance(self.load, Offline)
         clients = self.load.in_flight if isinstance(self.load, Offline) else None
         while offline or len(self.queue):
