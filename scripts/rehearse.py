@@ -111,7 +111,10 @@ class TooBusy(Exception):
 
 
 class Watch:
-    """How busy the machine and the daemons are, from the second half of the warm-up on. Raises TooBusy early."""
+    """How busy the machine and the daemons are, from the second half of the warm-up on.
+
+    Raises TooBusy as soon as that shows, RehearsalFailed if a daemon ends.
+    """
 
     def __init__(self, cluster: RehearsalCluster, load: LoadPlan) -> None:
         self._cluster = cluster
@@ -136,6 +139,7 @@ class Watch:
         samples = max(1, round(seconds / SAMPLE_S))
         for _ in range(samples):
             await asyncio.sleep(seconds / samples)
+            self._cluster.check()
             shares.append(psutil.cpu_percent() / 100)
             mean = sum(shares) / len(shares)
             if len(shares) >= max(5, samples // 3) and mean > BUSY_LIMIT:
@@ -155,7 +159,7 @@ async def put_load(cluster: RehearsalCluster, load: LoadPlan) -> tuple[Measured,
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(watch.run(), name="watch")
                 measured = await client.run()
-        except* TooBusy as found:
+        except* (TooBusy, RehearsalFailed) as found:
             raise found.exceptions[0] from None
     cluster.check()
     return measured, watch

@@ -41,6 +41,7 @@ class Lane:
         self._others: deque[_Waiting] = deque()
         self._crossing: deque[tuple[float, _Waiting]] = deque()
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_s = 0.0
 
     def carry(self, size_bytes: int, arrive: Callable[[], None], *, urgent: bool = False) -> None:
         """Let a message cross; `arrive` is called when it has."""
@@ -72,14 +73,16 @@ class Lane:
         self._set_timer()
 
     def _set_timer(self) -> None:
-        if self._timer is None and self._crossing:
-            next_s = self._crossing[0][0]
-            if self._urgent or self._others:
-                next_s = min(next_s, self._free_at_s)
-            self._timer = asyncio.get_running_loop().call_at(next_s, self._tick)
-        elif self._timer is not None and (self._urgent or self._others) and self._free_at_s < self._timer.when():
+        if not self._crossing:
+            return
+        next_s = self._crossing[0][0]
+        if self._urgent or self._others:
+            next_s = min(next_s, self._free_at_s)
+        if self._timer is not None:
+            if self._timer_s <= next_s:
+                return
             self._timer.cancel()
-            self._timer = asyncio.get_running_loop().call_at(self._free_at_s, self._tick)
+        self._timer, self._timer_s = asyncio.get_running_loop().call_at(next_s, self._tick), next_s
 
 
 class ShapedLinks:
