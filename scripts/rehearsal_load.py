@@ -46,7 +46,7 @@ class LoadPlan:
 
 @dataclass(slots=True)
 class Measured:
-    """What was seen inside the window, in the cluster's seconds. `in_flight` is a mean over it."""
+    """What was seen inside the window, in the cluster's seconds."""
 
     window_s: float
     decode_tokens: int = 0

@@ -41,6 +41,8 @@ class HelixdPolicy:
     `feedback`: the last stage sends the token to the first directly where there is a link, not by the coordinator.
     `decode_first`: decode passes overtake prefill on links. `kv_page_tokens`: KV is given out in pages of so many
     tokens. `lengths_announced`: clients ask for as many tokens as they get, not for more; the ledger goes by that.
+    `frames`: the decode passes of a step that go the same way travel and arrive as one message, as our frames do; left
+    out, each is a message of its own, as the paper's simulator has it, and wakes an idle node by itself.
     """
 
     limits: StepLimits = _LIMITS
@@ -51,6 +53,7 @@ class HelixdPolicy:
     chooser: str = "flow"
     kv_page_tokens: int = 1
     lengths_announced: bool = False
+    frames: bool = False
 
     @property
     def name(self) -> str:
@@ -96,13 +99,17 @@ class Simulation:
         edges = [(src, hop.node) for src, hops in plan.schedule.items() for hop in hops]
         entries = {edge: 0 if edge[0] == COORDINATOR else placement[edge[0]].end for edge in edges}
         rates = {edge: bandwidth[edge] for edge in edges}
-        self.wires = make_wires(world, spec, rates, entries, decode_first=policy.decode_first)
+        self.wires = make_wires(
+            world, spec, rates, entries, decode_first=policy.decode_first, frames=policy.frames
+        )  # fmt: skip
         for (_, dst), wire in self.wires.items():
             if dst == COORDINATOR:
                 wire.deliver = self._token
             else:
                 self.nodes[dst].connect(wire)
-        self.feedback = make_wires(world, spec, _feedback_rates(plan, bandwidth) if policy.feedback else {}, {})
+        self.feedback = make_wires(
+            world, spec, _feedback_rates(plan, bandwidth) if policy.feedback else {}, {}, frames=policy.frames
+        )  # fmt: skip
         for (_, dst), wire in self.feedback.items():
             wire.row_s *= spec.model.token_bytes / spec.model.activation_bytes
             self.nodes[dst].connect(wire)

@@ -33,18 +33,20 @@ class Wire:
     """A directed link. Its end towards the coordinator delivers at once by `deliver`; others are looked into.
 
     `decode_first`: passes of one row go before prefill rows that wait for the link, and prefill goes in pieces so that
-    they need not wait long (our peers keep two sockets for that). Otherwise first come, first served. `passes` counts
-    the messages of one row.
+    they need not wait long (our peers keep two sockets for that). Otherwise first come, first served. `frames`: passes
+    of one row that are sent at one instant are one message, and arrive together. `passes` counts passes of one row.
     """
 
     __slots__ = (
         "_bulk",
+        "_frame",
         "_piece_rows",
         "_world",
         "decode_first",
         "deliver",
         "dst",
         "entry",
+        "frames",
         "free_s",
         "latency_s",
         "passes",
@@ -56,7 +58,7 @@ class Wire:
 
     def __init__(
         self, world: World, src: NodeId, dst: NodeId, bytes_per_s: float, latency_s: float, row_bytes: float,
-        *, entry: int = 0, decode_first: bool = False,
+        *, entry: int = 0, decode_first: bool = False, frames: bool = False,
     ) -> None:  # fmt: skip
         self._world = world
         self.src, self.dst = src, dst
@@ -69,6 +71,8 @@ class Wire:
         self.receiver: Receiver | None = None
         self.deliver: Callable[[Job], None] | None = None
         self.decode_first = decode_first
+        self.frames = frames
+        self._frame: list[Job] = []
         self._bulk: deque[tuple[Job, int]] = deque()
         # On a fast link a whole chunk takes no longer than a piece does on a slow one.
         self._piece_rows = max(1, int(max(PIECE_BYTES / row_bytes, PIECE_S / self.row_s)))
@@ -76,6 +80,13 @@ class Wire:
     def send(self, job: Job, rows: int) -> None:
         """Put a pass on the wire: `rows` prompt rows, or 0 for a decode pass."""
         now_s = self._world.now_s
+        if self.frames:
+            if not rows:
+                if not self._frame:
+                    self._world.at(now_s, self._send_frame)
+                self._frame.append(job)
+                return
+            self._send_frame(None)
         free_s = self.free_s
         if free_s < now_s:
             free_s = now_s
@@ -95,14 +106,27 @@ class Wire:
         """Everything on the wire is lost."""
         self.queue.clear()
         self._bulk.clear()
+        self._frame.clear()
+
+    def _send_frame(self, _: None) -> None:
+        """What was sent at this instant goes as one message."""
+        jobs, self._frame = self._frame, []
+        if jobs:
+            self.free_s = max(self.free_s, self._world.now_s) + self.row_s * len(jobs)
+            self.passes += len(jobs)
+            for job in jobs:
+                self._arrives(job, 0)
 
     def _put(self, job: Job, rows: int, free_s: float) -> None:
         if rows:
-            self.free_s = free_s = free_s + self.row_s * rows
+            self.free_s = free_s + self.row_s * rows
         else:
-            self.free_s = free_s = free_s + self.row_s
+            self.free_s = free_s + self.row_s
             self.passes += 1
-        arrives_s = free_s + self.latency_s
+        self._arrives(job, rows)
+
+    def _arrives(self, job: Job, rows: int) -> None:
+        arrives_s = self.free_s + self.latency_s
         receiver = self.receiver
         if receiver is None:
             assert self.deliver is not None
@@ -138,6 +162,7 @@ def make_wires(
     entries: Mapping[Edge, int],
     *,
     decode_first: bool = False,
+    frames: bool = False,
 ) -> dict[Edge, Wire]:
     """The wires of these edges. `rates`: bytes/s of each; `entries`: the layer at which a pass enters the receiver."""
     latency = {(link.src, link.dst): link.latency_s for link in spec.links}
@@ -146,7 +171,7 @@ def make_wires(
         edge: Wire(
             world, edge[0], edge[1], rate, latency[edge],
             model.token_bytes if COORDINATOR in edge else model.activation_bytes,
-            entry=entries.get(edge, 0), decode_first=decode_first,
+            entry=entries.get(edge, 0), decode_first=decode_first, frames=frames,
         )
         for edge, rate in rates.items()
     }  # fmt: skip

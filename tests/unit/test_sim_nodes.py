@@ -185,3 +185,32 @@ def test_a_node_that_dies_forgets_all_and_serves_again_when_it_is_back() -> None
 def test_layer_times_need_to_be_known() -> None:
     with pytest.raises(ValueError, match="measured"):
         LayerTimes(replace(PROFILE, decode_layer_time_s=()))
+
+
+@pytest.mark.parametrize(("frames", "left"), [(False, [(0.004, 1), (0.008, 2)]), (True, [(0.004, 1), (0.004, 2)])])
+def test_passes_in_one_frame_arrive_together_and_share_an_idle_nodes_step(
+    frames: bool, left: list[tuple[float, int]]
+) -> None:
+    line = Line((0, 2), (0,), StepLimits())
+    line.ins[0].frames = frames
+    for number in (1, 2):
+        line.send(number, 0)
+    line.world.run(1)
+    assert line.left == left
+    assert line.ins[0].passes == 2
+
+
+def test_a_frame_takes_the_link_as_long_as_its_rows_do_and_does_not_wait_for_prefill_of_the_same_step() -> None:
+    world = World()
+    came: list[tuple[float, int]] = []
+    wire = Wire(world, NodeId("x"), COORDINATOR, 10.0, 0.5, 1.0, decode_first=True, frames=True)
+    wire.deliver = lambda job: came.append((round(world.now_s, 6), job.number))
+    jobs = [Job(number, Request(1, 10), 0.0, rows) for number, rows in ((1, 0), (2, 0), (3, 4))]
+
+    def send(_: None) -> None:
+        for job in jobs:
+            wire.send(job, job.rows)
+
+    world.at(0.0, send)
+    world.run(5)
+    assert came == [(0.7, 1), (0.7, 2), (1.1, 3)]
