@@ -29,7 +29,15 @@ from helixd.emulation.links import ShapedLinks
 from helixd.errors import ConfigError
 from helixd.ids import NodeId, PeerId
 from helixd.model.checkpoint import Checkpoint, resolve_model
-from helixd.settings import api_options, api_pair, coordinator_options, peer_tls, served_model, wire_options
+from helixd.settings import (
+    api_options,
+    api_pair,
+    coordinator_options,
+    digest_cache,
+    peer_tls,
+    served_model,
+    wire_options,
+)
 from helixd.state import StateDir
 from helixd.tls import KeyPair, PeerTls, api_context
 from helixd.wire.endpoint import Endpoint
@@ -38,6 +46,7 @@ from helixd.wire.link import Link
 from helixd.wire.memory import connect_in_process
 from helixd.wire.peers import PeerIdentity
 from helixd.worker.backend import Backend, NodeSetup
+from helixd.worker.local_copy import LocalDigests
 from helixd.worker.shaping import Shaping
 from helixd.worker.worker import Worker, WorkerOptions
 
@@ -228,15 +237,18 @@ class Daemon:
         bound = await _listen(endpoint, config, (host, port))
         if self.peer_address is None:
             self.peer_address = bound
+        # A coordinator's own worker reads the very files that the coordinator serves.
+        copy = None if checkpoint is None or hub is not None else LocalDigests(checkpoint.index, digest_cache(config))
         options = WorkerOptions(
             name=config.node.name,
             advertise=advertise.host if advertise is not None else "",
             port=advertise.port if advertise is not None and advertise.port else bound[1],
-            local_fingerprint=checkpoint.fingerprint if checkpoint is not None else "",
+            local_fingerprint=checkpoint.fingerprint if copy is not None and checkpoint is not None else "",
+            local_digests=None if copy is None else copy.digests,
             state_dir=config.node.state_dir, cache_dir=config.node.cache_dir / "weights",
             retry_max_s=config.cluster.timers.join_retry_max_s,
         )  # fmt: skip
-        setups, backend, shape = await asyncio.to_thread(_devices, config, peer, checkpoint)
+        setups, backend, shape = await asyncio.to_thread(_devices, config, peer, checkpoint, copy)
         worker = Worker(endpoint, connect, setups, options, backend, shape)
         parts.append(worker)
         self.worker = worker
@@ -251,7 +263,7 @@ class Daemon:
 
 
 def _devices(
-    config: Config, peer: PeerId, checkpoint: Checkpoint | None
+    config: Config, peer: PeerId, checkpoint: Checkpoint | None, copy: LocalDigests | None
 ) -> tuple[list[NodeSetup], Backend, Callable[[Callable[[], None]], Shaping] | None]:
     """This worker's nodes, what computes for them, what shapes their links. Blocking.
 
@@ -272,7 +284,8 @@ def _devices(
     from helixd.worker.weights import LocalStore
 
     setups = node_setups(peer, device.devices, device.memory_bytes, device.threads)
-    return setups, TorchBackend(LocalStore(checkpoint.index) if checkpoint is not None else None), None
+    digests = None if copy is None else copy.digests
+    return setups, TorchBackend(LocalStore(checkpoint.index, digests) if checkpoint is not None else None), None
 
 
 def emulated_devices(config: Config) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Self
 
 from helixd import logs
 from helixd.errors import HelixError
+from helixd.files import write_whole
 from helixd.ids import Epoch, Incarnation, PeerId
 
 log = logging.getLogger(__name__)
@@ -80,16 +81,12 @@ class StateDir:
             logs.event(log, logging.WARNING, "epoch_not_kept", epoch=self.epoch, reason=str(error))
 
     def _write(self) -> None:
-        partial = self.path / "identity.json.partial"
+        path = self.path / "identity.json"
         facts = {"peer": self.peer, "incarnation": self.incarnation, "epoch": self.epoch}
         try:
-            with partial.open("w") as file:
-                json.dump(facts, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path / "identity.json")
+            write_whole(path, json.dumps(facts))
         except OSError as error:
-            raise StateError(f"cannot write {partial}: {error}") from error
+            raise StateError(f"cannot write {path}: {error}") from error
 
 
 def _read(path: Path) -> dict[str, object]:

@@ -6,6 +6,7 @@ request; what workers hold can be thrown away and rebuilt from here.
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -22,9 +23,10 @@ from helixd.coordinator.request import RequestRun
 from helixd.coordinator.sequence import Lease, SequenceLimits, SequenceRun
 from helixd.coordinator.text import ChoiceText, Detokenizer
 from helixd.coordinator.view import cluster_view, readiness
-from helixd.coordinator.weights import WeightServer
+from helixd.coordinator.weights import WeightCheck, WeightServer
 from helixd.ids import Epoch, NodeId, SequenceId
 from helixd.model.decoder import DecoderConfig, DType
+from helixd.model.digests import WeightDigests
 from helixd.model.index import SafetensorsIndex
 from helixd.protocol import messages as m
 from helixd.protocol.codec import to_frame
@@ -41,7 +43,10 @@ ROUTE_IN_HEADERS_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The model as the coordinator serves it. `new_detokenizer(prompt)` makes one per choice."""
+    """The model as the coordinator serves it. `new_detokenizer(prompt)` makes one per choice.
+
+    `digests`: computes those of its weights, blocking, until the event is set; None: copies are not compared.
+    """
 
     name: str
     fingerprint: str
@@ -52,6 +57,7 @@ class ServedModel:
     eos_ids: tuple[int, ...]
     index: SafetensorsIndex | None
     new_detokenizer: Callable[[tuple[int, ...]], Detokenizer]
+    digests: Callable[[threading.Event], WeightDigests] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,7 @@ class Coordinator:
         )  # fmt: skip
         self.desk = WorkerDesk(
             self.fleet, self.admission, self.epochs, self.replanner, self.prober, WeightServer(model.index),
+            WeightCheck(model.digests, tasks),
             self._greeting, tasks,
         )  # fmt: skip
         self._tasks = tasks

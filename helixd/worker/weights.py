@@ -7,7 +7,7 @@ restart fetches nothing. Only the tensors of the ranges asked for are ever touch
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from helixd.engine.loader import TORCH_DTYPES
 from helixd.errors import ModelError
 from helixd.layers import LayerRange
 from helixd.model.decoder import DecoderConfig, parse_dtype
+from helixd.model.digests import VerifiedSource, WeightDigests
 from helixd.model.index import SafetensorsIndex
 from helixd.model.names import TensorSpec, embedding_weights, head_weights, layer_weights
 from helixd.model.weights import RawTensor, WeightSource
@@ -28,14 +29,15 @@ log = logging.getLogger(__name__)
 
 
 class LocalStore:
-    """A checkpoint directory on this machine."""
+    """A checkpoint directory on this machine. With `digests`, every tensor is compared with its own as it is loaded."""
 
-    def __init__(self, index: SafetensorsIndex) -> None:
+    def __init__(self, index: SafetensorsIndex, digests: Callable[[], Awaitable[WeightDigests]] | None = None) -> None:
         self._index = index
+        self._digests = digests
 
     async def ensure(self, layers: LayerRange, progress: Callable[[int, int], None]) -> WeightSource:
         """The whole checkpoint is here."""
-        return self._index
+        return self._index if self._digests is None else VerifiedSource(self._index, await self._digests())
 
 
 class FetchedStore:
