@@ -52,6 +52,9 @@ from helixd.worker.worker import Worker, WorkerOptions
 
 log = logging.getLogger(__name__)
 
+SNAPSHOT_TASKS = 100
+"""Names of tasks told at once."""
+
 
 class Daemon:
     """The parts of a running daemon."""
@@ -62,6 +65,7 @@ class Daemon:
         self.worker: Worker | None = None
         self.api: Bound | None = None
         self.draining = False
+        self.loop_lag_s = 0.0
         self._app: web.Application | None = None
         self._api_tls: SSLContext | None = None
         self._peer_tls: PeerTls | None = None
@@ -149,6 +153,30 @@ class Daemon:
         if self.worker is None:
             return None
         return self.worker.overdue(self.config.cluster.timers.step_s, stood_still_s)
+
+    def note_loop_lag(self, lag_s: float) -> None:
+        """Publish how late the event loop was just now."""
+        self.loop_lag_s = lag_s
+        if self._app is not None:
+            self._app[STATE].metrics.loop_lag_s.set(lag_s)
+
+    def snapshot(self) -> dict[str, object]:
+        """What goes on here, for whoever asks with SIGUSR1: counts and names, never what clients said."""
+        names = sorted(task.get_name() for task in asyncio.all_tasks())
+        facts: dict[str, object] = {
+            "status": self.status, "draining": self.draining, "loop_lag_s": round(self.loop_lag_s, 3),
+            "task_count": len(names), "tasks": names[:SNAPSHOT_TASKS],
+        }  # fmt: skip
+        if self.coordinator is not None:
+            facts["requests_running"] = self.coordinator.admission.running
+            facts["requests_waiting"] = self.coordinator.admission.waiting
+        if self.worker is not None:
+            facts["queues"] = [
+                f"{node}: {host.runtime.open_sequences} sequences, {host.runtime.queued_tokens} tokens queued"
+                for node, host in self.worker.hosts.items()
+                if host.runtime is not None
+            ]
+        return facts
 
     @property
     def status(self) -> str:

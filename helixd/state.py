@@ -39,6 +39,7 @@ class StateDir:
         self.incarnation = incarnation
         self.epoch = epoch
         self._lock = lock
+        self._full = False
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state")
 
     @classmethod
@@ -78,7 +79,12 @@ class StateDir:
         try:
             self._write()
         except StateError as error:
-            logs.event(log, logging.WARNING, "epoch_not_kept", epoch=self.epoch, reason=str(error))
+            # Once for a disk that is full, not at every plan until somebody makes room.
+            if not self._full:
+                logs.event(log, logging.WARNING, "epoch_not_kept", epoch=self.epoch, reason=str(error))
+            self._full = True
+        else:
+            self._full = False
 
     def _write(self) -> None:
         path = self.path / "identity.json"
