@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from ssl import SSLContext
+from typing import Any
 
 from aiohttp import web
 
@@ -160,10 +161,10 @@ class Daemon:
         if self._app is not None:
             self._app[STATE].metrics.loop_lag_s.set(lag_s)
 
-    def snapshot(self) -> dict[str, object]:
+    def snapshot(self) -> dict[str, Any]:
         """What goes on here, for whoever asks with SIGUSR1: counts and names, never what clients said."""
         names = sorted(task.get_name() for task in asyncio.all_tasks())
-        facts: dict[str, object] = {
+        facts: dict[str, Any] = {
             "status": self.status, "draining": self.draining, "loop_lag_s": round(self.loop_lag_s, 3),
             "task_count": len(names), "tasks": names[:SNAPSHOT_TASKS],
         }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Digests of weights: what differs is named, what was computed is remembered until a file changes, damage is noticed."""
+"""Digests of weights: what differs is named, what is known is remembered until a file changes, damage is noticed."""
 
 import errno
 import os
