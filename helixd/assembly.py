@@ -15,6 +15,7 @@ from ssl import SSLContext
 from typing import Any
 
 from aiohttp import web
+from prometheus_client import CollectorRegistry
 
 from helixd import logs
 from helixd.api.server import Bound, create_app, serve
@@ -24,6 +25,7 @@ from helixd.config import Config
 from helixd.config.checks import passed_in
 from helixd.config.reload import Reload, reloaded
 from helixd.coordinator.coordinator import Coordinator
+from helixd.coordinator.figures import RelayFigures
 from helixd.emulation.cluster import PREFIX as EMULATED
 from helixd.emulation.cluster import emulated_device
 from helixd.emulation.links import ShapedLinks
@@ -187,6 +189,10 @@ class Daemon:
             ready = self.coordinator.readiness()
             model = self.coordinator.model_name
             said.append(f"serving {model}" if ready.ready else f"not serving {model}: {ready.message}")
+            active = self.coordinator.epochs.active
+            if active is not None and active.relayed:
+                pairs = ", ".join(" - ".join(sorted(pair)) for pair in active.relayed)
+                said.append(f"relaying {pairs}, which cannot reach each other")
         if self.worker is not None:
             said.append(self.worker.status)
         return f"{'draining; ' if self.draining else ''}{'; '.join(said)}"
@@ -214,7 +220,9 @@ class Daemon:
         listen = config.api.listen
         tools = TextTools(checkpoint.tokenizer, checkpoint.chat_template, checkpoint.config.vocab_size)
         options = await asyncio.to_thread(api_options, config, os.environ)
-        self._app = app = create_app(coordinator, tools, options)
+        registry = CollectorRegistry()
+        registry.register(RelayFigures(coordinator))
+        self._app = app = create_app(coordinator, tools, options, registry)
         pair = api_pair(config)
         if pair is not None:
             self._api_tls = await asyncio.to_thread(api_context, pair)

@@ -18,6 +18,7 @@ from helixd.coordinator.fleet import Fleet
 from helixd.coordinator.generation import Failed, Generation, GenerationRequest, Readiness, Refused
 from helixd.coordinator.planning import ModelSizes, PlanningOptions
 from helixd.coordinator.probing import Prober
+from helixd.coordinator.relay import Relay
 from helixd.coordinator.replanning import Replanner, ReplanOptions
 from helixd.coordinator.request import RequestRun
 from helixd.coordinator.sequence import Lease, SequenceLimits, SequenceRun
@@ -101,10 +102,10 @@ class Coordinator:
             self.fleet, network.identity.peer, tasks, self.replanner.something_changed, options.probe_bytes,
             options.probe_timeout_s,
         )  # fmt: skip
+        self.relay = Relay(self.fleet, self.epochs.relays)
         self.desk = WorkerDesk(
             self.fleet, self.admission, self.epochs, self.replanner, self.prober, WeightServer(model.index),
-            WeightCheck(model.digests, tasks),
-            self._greeting, tasks,
+            WeightCheck(model.digests, tasks), self.relay, self._greeting, tasks,
         )  # fmt: skip
         self._tasks = tasks
         self._next_sequence = network.identity.incarnation % (1 << 31) * SEQUENCES_PER_LIFE
@@ -287,4 +288,4 @@ class Coordinator:
 
     def _masks(self) -> tuple[Collection[NodeId], Collection[tuple[NodeId, NodeId]]]:
         nodes = self.epochs.unready_nodes() | self.fleet.unusable_nodes()
-        return nodes, self.fleet.unusable_links()
+        return nodes, self.fleet.unusable_links() - self.epochs.relayed_links()

@@ -15,6 +15,7 @@ from helixd.coordinator.admission import Admission
 from helixd.coordinator.epochs import Epochs
 from helixd.coordinator.fleet import Fleet, Peer
 from helixd.coordinator.probing import Prober
+from helixd.coordinator.relay import Relay
 from helixd.coordinator.replanning import Replanner
 from helixd.coordinator.sequence import Broken, Lease, ScoresArrived, TokenArrived
 from helixd.coordinator.weights import WeightCheck, WeightServer
@@ -39,7 +40,7 @@ class WorkerDesk:
 
     def __init__(
         self, fleet: Fleet, admission: Admission, epochs: Epochs, replanner: Replanner, prober: Prober,
-        weights: WeightServer, check: WeightCheck, greeting: Greeting, tasks: asyncio.TaskGroup,
+        weights: WeightServer, check: WeightCheck, relay: Relay, greeting: Greeting, tasks: asyncio.TaskGroup,
     ) -> None:  # fmt: skip
         self.failovers = 0
         self.closing = False
@@ -50,6 +51,7 @@ class WorkerDesk:
         self._prober = prober
         self._weights = weights
         self._check = check
+        self._relay = relay
         self._greeting = greeting
         self._tasks = tasks
         self._senders: dict[Link, asyncio.Task[None]] = {}
@@ -97,6 +99,8 @@ class WorkerDesk:
             case m.Tokens():
                 for drawn in message.drawn:
                     self._on_drawn(NodeId(message.node), drawn)
+            case m.Activations():
+                await self._relay.carry(peer, message, frame)
             case m.Scores():
                 scores = tuple(TokenLogprobs(lp, tuple(top)) for lp, top in message.scores)
                 if (run := self._admission.holder(SequenceId(message.sequence))) is not None:

@@ -17,6 +17,8 @@ from helixd.sampling import SamplingParams
 PROTOCOL_VERSION = 2
 OLDEST_VERSION = 1
 """Versions this daemon speaks, both inclusive: its own and the one before. Version 2 compares the weights."""
+RELAY_VERSION = 2
+"""From this version on a worker understands that the coordinator carries its rows."""
 
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=1000)]
@@ -141,12 +143,16 @@ class Assignment(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PeerAddress(msgspec.Struct, frozen=True, array_like=True):
-    """A neighbour in the plan. `dial`: you are the receiver of its activations, so you dial."""
+    """A neighbour in the plan. `dial`: you are the receiver of its activations, so you dial.
+
+    `relay`: nothing connects you; what you have for its nodes goes to the coordinator, what it has comes from there.
+    """
 
     peer: Name
     host: Name
     port: int
     dial: bool
+    relay: bool = False
 
 
 class EpochPush(Message, frozen=True):
@@ -225,7 +231,10 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Activations(Message, frozen=True):
-    """Hop -> next hop, with the rows of all parts in order as payload (the cluster's dtype, row-major)."""
+    """Hop -> next hop, with the rows of all parts in order as payload (the cluster's dtype, row-major).
+
+    Between relayed neighbours: hop -> coordinator -> next hop, unchanged.
+    """
 
     KIND: ClassVar[int] = 12
     incarnation: int
