@@ -9,15 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from helixd.ids import Incarnation, PeerId
-from helixd.protocol import messages as m
-from helixd.protocol.codec import to_frame
-from helixd.wire.frames import encode_bulk_header, encode_small_head
-from helixd.wire.handshake import Hello, Purpose
-from helixd.wire.options import WireOptions
-from helixd.wire.peers import PeerIdentity
-from helixd.wire.setup import own_grant
 from tests.budget import examples
+from tests.fuzz.target import seeds
 
 ROOT = Path(__file__).parents[2]
 RSS_LIMIT_MIB = 512
@@ -30,20 +23,6 @@ pytestmark = [
         reason="atheris is not installed (it has wheels for Linux on x86-64 only): pip install -e '.[fuzz]'",
     ),
 ]
-
-
-def seeds() -> list[bytes]:
-    """One sound message for each decoder."""
-    hello = Hello(PeerIdentity(PeerId("p"), Incarnation(1), bytes(16)), Purpose.CONTROL, bytes(16), bytes(32))
-    frames = [
-        to_frame(m.Hello(2, [m.NodeHardware("n", "cpu", "x", 10, 5)], "f", "", 7071, "0.1", "g", [("n", 0, 3)])),
-        to_frame(m.Tokens("n", [m.Drawn(1, 2, 3, 4, -0.5, [(1, -1.0)])])),
-        to_frame(m.Activations(1, 2, "n", [m.Part(1, 0, 5, 4, 1, True)])),
-        to_frame(m.EpochPush(3, [m.Assignment("n", "p", 0, 3, 9, [("", 1.0)])], [m.PeerAddress("p", "h", 1, True)])),
-    ]
-    small = [b"\x00" + encode_small_head(frame.kind, frame.body, None, 4096) for frame in frames]
-    bulk = [b"\x40" + encode_bulk_header(frame.kind, frame.body, 100, 4096) for frame in frames]
-    return [*small, *bulk, b"\x80" + hello.encode(), b"\xc0" + own_grant(WireOptions()).encode()]
 
 
 def test_only_the_errors_that_are_meant_escape_and_memory_is_bounded(tmp_path: Path) -> None:
