@@ -15,7 +15,7 @@ from helixd.coordinator.planning import Pin, PlanningOptions
 from helixd.coordinator.replanning import ReplanOptions
 from helixd.errors import ConfigError
 from helixd.model.checkpoint import Checkpoint
-from helixd.model.digests import weight_digests
+from helixd.model.digests import data_identity, weight_digests
 from helixd.model.tokenizer import IncrementalDetokenizer
 from helixd.plan.spec import WorkloadSpec
 from helixd.tls import KeyPair, PeerTls
@@ -41,6 +41,7 @@ def served_model(config: Config, checkpoint: Checkpoint) -> ServedModel:
         index=checkpoint.index,
         new_detokenizer=lambda prompt: IncrementalDetokenizer(tokenizer, prompt),
         digests=lambda stop: weight_digests(checkpoint.index, digest_cache(config), stop),
+        weights=data_identity(checkpoint.index),
     )
 
 

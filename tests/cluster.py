@@ -19,7 +19,7 @@ from helixd.errors import JoinRefused
 from helixd.ids import Incarnation, NodeId, PeerId, RequestId
 from helixd.layers import LayerRange
 from helixd.model.config import load_config
-from helixd.model.digests import weight_digests
+from helixd.model.digests import data_identity, weight_digests
 from helixd.model.index import SafetensorsIndex, fingerprint
 from helixd.plan.plan import Hop, Plan
 from helixd.plan.spec import COORDINATOR, WorkloadSpec
@@ -85,7 +85,7 @@ def served_model(path: Path, max_context_tokens: int) -> ServedModel:
     index = SafetensorsIndex.open(path)
     return ServedModel(
         path.name, fingerprint(path, index), config, (path / "config.json").read_text(), "float32", max_context_tokens,
-        (), index, lambda prompt: Letters(), lambda stop: weight_digests(index, None, stop),
+        (), index, lambda prompt: Letters(), lambda stop: weight_digests(index, None, stop), data_identity(index),
     )  # fmt: skip
 
 
@@ -131,11 +131,12 @@ class Cluster:
         self.coordinator.start()
 
     async def add_worker(
-        self, name: str, memory_bytes: int, incarnation: int = 1, state: Path | None = None, copy: Path | None = None
-    ) -> WorkerUnit:
+        self, name: str, memory_bytes: int, incarnation: int = 1, state: Path | None = None, copy: Path | None = None,
+        cache: Path | None = None,
+    ) -> WorkerUnit:  # fmt: skip
         """`state` remembers measurements; all workers of a checkpoint share one unless told otherwise.
 
-        `copy`: a checkpoint of its own, that is compared with the coordinator's.
+        `copy`: a checkpoint of its own, that is compared with the coordinator's. `cache`: it fetches, and keeps here.
         """
         parts: list[Worker] = []
         endpoint = await self._endpoint(
@@ -154,7 +155,9 @@ class Cluster:
             digests = LocalDigests(index, None).digests
             options = replace(options, local_fingerprint=fingerprint(copy, index), local_digests=digests)
             store = LocalStore(index, digests)
-        worker = Worker(endpoint, connect, [setup], options, TorchBackend(store))
+        if cache is not None:
+            options = replace(options, cache_dir=cache)
+        worker = Worker(endpoint, connect, [setup], options, TorchBackend(store if cache is None else None))
         parts.append(worker)
         unit = WorkerUnit(name, worker, endpoint, self._tasks.create_task(self._run(worker), name=f"worker {name}"))
         self.units.append(unit)

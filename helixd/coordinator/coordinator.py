@@ -47,6 +47,7 @@ class ServedModel:
     """The model as the coordinator serves it. `new_detokenizer(prompt)` makes one per choice.
 
     `digests`: computes those of its weights, blocking, until the event is set; None: copies are not compared.
+    `weights`: another word when the weights' files are others.
     """
 
     name: str
@@ -59,6 +60,7 @@ class ServedModel:
     index: SafetensorsIndex | None
     new_detokenizer: Callable[[tuple[int, ...]], Detokenizer]
     digests: Callable[[threading.Event], WeightDigests] | None = None
+    weights: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +244,7 @@ class Coordinator:
         model, options = self.model, self.options
         welcome = m.Welcome(
             model.name, model.fingerprint, model.dtype, model.max_context_tokens,
-            options.max_batch_sequences, options.max_batch_tokens, options.prefill_chunk_tokens,
+            options.max_batch_sequences, options.max_batch_tokens, options.prefill_chunk_tokens, weights=model.weights,
         )  # fmt: skip
         return welcome, memoryview(model.config_text.encode())
 

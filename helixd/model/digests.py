@@ -75,6 +75,12 @@ class VerifiedSource:
         return raw
 
 
+def data_identity(index: SafetensorsIndex) -> str:
+    """A word for the data of these very files, found without reading them: another one when a file is another."""
+    facts = json.dumps(sorted(index.file_identities().items()))
+    return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
+
+
 def tensor_digest(data: bytes | bytearray | memoryview) -> bytes:
     """Of a whole tensor's data."""
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()

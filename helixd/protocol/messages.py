@@ -73,7 +73,9 @@ class Hello(Message, frozen=True):
 class Welcome(Message, frozen=True):
     """Coordinator -> worker: you are in; this is the model and how it is computed. Payload: its config.json.
 
-    `protocol` is the version that both speak from here on; version 1 does not say so.
+    `protocol` is the version that both speak from here on; version 1 does not say so. `weights` tells other data apart
+    that has the same names, shapes and tokenizer ("": not known): what was fetched or loaded under another one is not
+    this model's.
     """
 
     KIND: ClassVar[int] = 2
@@ -85,6 +87,7 @@ class Welcome(Message, frozen=True):
     max_batch_tokens: Count
     prefill_chunk_tokens: Count
     protocol: Count = 1
+    weights: Name = ""
 
 
 def common_version(newest: int, oldest: int) -> int | None:

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from helixd.coordinator.replanning import ReplanOptions
+from helixd.model.index import SafetensorsIndex
 from helixd.protocol import messages as m
 from helixd.worker import worker as worker_module
 from tests.cluster import cluster, make_plan
-from tests.families import make_checkpoint
+from tests.families import make_checkpoint, reference
 
 BUDGET = 64 << 20
 TENSOR = "model.layers.3.mlp.down_proj.weight"
@@ -101,6 +103,43 @@ async def test_damage_after_joining_is_not_loaded(
         (said, *_) = [str(vars(record)) for record in caplog.records if record.msg == "node_failed"]
         assert TENSOR in said
         assert not made.coordinator.readiness().ready
+
+
+async def test_a_cache_that_is_damaged_is_named_and_fetched_again(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ReplanOptions(wait_for_nodes=1, settle_s=0.05, cooldown_s=0.0, retry_failed_s=0.3)
+    for damaged in (False, True):
+        if damaged:
+            spoil(tmp_path, "layer-0003", TENSOR)
+        async with cluster(checkpoint, {}, replan=options) as made:
+            await made.add_worker("w", BUDGET, cache=tmp_path)
+            await made.ready()
+            assert (await made.ask([1, 2, 3], 4)).tokens == list(reference(checkpoint, (1, 2, 3), 4).tokens)
+        said = [str(vars(record)) for record in caplog.records if record.msg == "node_failed"]
+        assert bool(said) == damaged
+        assert all(f"tensor {TENSOR} is damaged in the cache" in text for text in said)
+
+
+def spoil(cache: Path, group: str, tensor: str) -> None:
+    [file] = cache.rglob(f"{group}/model.safetensors")
+    with SafetensorsIndex.open(file.parent) as index, file.open("r+b") as opened:
+        opened.seek(index.ref(tensor).offset)
+        opened.write(b"\x55" * 4)
+
+
+async def test_a_cache_of_other_weights_with_the_same_names_is_not_used(checkpoint: Path, tmp_path: Path) -> None:
+    """The operator put a tuned model in the place of the first one."""
+    first, tuned, cache = tmp_path / "m1", tmp_path / "m2", tmp_path / "cache"
+    shutil.copytree(checkpoint, first)
+    make_checkpoint("llama2", tuned, 2)
+    for path in (first, tuned):
+        async with cluster(path, {}) as made:
+            await made.add_worker("w", BUDGET, cache=cache)
+            await made.joined(1)
+            await made.serve({"w": (0, made.model.config.num_layers)})
+            wanted = reference(path, (1, 2, 3), 4).tokens
+            assert (await made.ask([1, 2, 3], 4)).tokens == list(wanted)
 
 
 @pytest.mark.parametrize(("ours", "oldest"), [(1, 1), (1, 0), (3, 2), (3, 1)])
