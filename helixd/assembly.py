@@ -25,7 +25,7 @@ from helixd.config import Config
 from helixd.config.checks import passed_in
 from helixd.config.reload import Reload, reloaded
 from helixd.coordinator.coordinator import Coordinator
-from helixd.coordinator.figures import RelayFigures
+from helixd.coordinator.figures import CoordinatorFigures
 from helixd.emulation.cluster import PREFIX as EMULATED
 from helixd.emulation.cluster import emulated_device
 from helixd.emulation.links import ShapedLinks
@@ -221,7 +221,7 @@ class Daemon:
         tools = TextTools(checkpoint.tokenizer, checkpoint.chat_template, checkpoint.config.vocab_size)
         options = await asyncio.to_thread(api_options, config, os.environ)
         registry = CollectorRegistry()
-        registry.register(RelayFigures(coordinator))
+        registry.register(CoordinatorFigures(coordinator, lambda: state.write_errors))
         self._app = app = create_app(coordinator, tools, options, registry)
         pair = api_pair(config)
         if pair is not None:

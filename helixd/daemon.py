@@ -6,14 +6,16 @@ exit status why it ended.
 """
 
 import asyncio
+import faulthandler
 import importlib
 import logging
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from helixd import logs
@@ -54,6 +56,7 @@ def run(config: Config, read: ReadConfig) -> int:
 
     Does not return when a device hangs: its thread would be waited for.
     """
+    leave_no_core()
     tune_malloc()
     install_uvloop()
     if config.computes and not emulated_devices(config):
@@ -74,6 +77,13 @@ def run(config: Config, read: ReadConfig) -> int:
     finally:
         notifier.close()
         state.close()
+
+
+def leave_no_core() -> None:
+    """What ends this process leaves stacks of functions in the log, never memory on the disk: prompts are in there."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(OSError, ValueError):  # where stderr is nothing that has a descriptor
+        faulthandler.enable()
 
 
 def _import_torch() -> None:

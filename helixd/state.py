@@ -38,6 +38,7 @@ class StateDir:
         self.peer = peer
         self.incarnation = incarnation
         self.epoch = epoch
+        self.write_errors = 0
         self._lock = lock
         self._full = False
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state")
@@ -79,6 +80,7 @@ class StateDir:
         try:
             self._write()
         except StateError as error:
+            self.write_errors += 1
             # Once for a disk that is full, not at every plan until somebody makes room.
             if not self._full:
                 logs.event(log, logging.WARNING, "epoch_not_kept", epoch=self.epoch, reason=str(error))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from helixd.coordinator import relay
-from helixd.coordinator.figures import RelayFigures
+from helixd.coordinator.figures import CoordinatorFigures
 from helixd.coordinator.planning import ModelSizes
 from helixd.errors import PeerLost
 from helixd.ids import PeerId
@@ -61,7 +61,9 @@ async def test_rows_go_by_the_coordinator_and_come_back_exact(
             assert answer.retries == 0
         assert all(set(unit.endpoint.links) == {"hub"} for unit in made.units)
         figures = {
-            sample.name: sample.value for each in RelayFigures(made.coordinator).collect() for sample in each.samples
+            sample.name: sample.value
+            for each in CoordinatorFigures(made.coordinator).collect()
+            for sample in each.samples
         }
         assert figures["helixd_relayed_pairs"] == 1
         assert figures["helixd_relayed_bytes_total"] > 0

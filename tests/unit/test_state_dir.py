@@ -53,6 +53,7 @@ def test_a_full_disk_costs_the_memory_only(
     state.remember_epoch(Epoch(7))
     state.close()
     assert state.epoch == 7
+    assert state.write_errors == 2
     assert caplog.text.count("epoch_not_kept") == 1
     assert list(tmp_path.glob("*.partial")) == []
 
