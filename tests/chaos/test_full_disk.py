@@ -13,6 +13,8 @@ from helixd.exits import Exit
 from tests.daemons import Daemons, add_tokenizer, daemons
 from tests.families import make_checkpoint
 
+pytestmark = pytest.mark.chaos
+
 
 @pytest.fixture
 def made(tmp_path: Path) -> Iterator[Daemons]:
