@@ -36,12 +36,19 @@ class PostOffice:
         self._senders: dict[Link, asyncio.Task[None]] = {}
         self._hosts: dict[NodeId, PeerId] = {}
         self._coordinator: PeerId | None = None
+        # Rows that the coordinator passes on wait for others than it; its own messages do not wait for them.
+        self._relay: Outbox | None = None
+        self._relay_sender: asyncio.Task[None] | None = None
         self._relayed: set[PeerId] = set()
         self._relayed_until_linked: set[PeerId] = set()
 
     def set_coordinator(self, peer: PeerId | None) -> None:
         """Whom `to_coordinator` reaches from now on; it relays to nobody before it says so."""
         self._coordinator = peer
+        self._relay = None
+        if self._relay_sender is not None:
+            self._relay_sender.cancel()
+            self._relay_sender = None
         self._relayed.clear()
         self._relayed_until_linked.clear()
 
@@ -49,6 +56,7 @@ class PostOffice:
         """Whether what is for `peer` goes to the coordinator from now on; if not, as soon as there is a link to it."""
         if through_coordinator:
             self._relayed.add(peer)
+            self._open_relay()
         elif peer in self._relayed:
             self._relayed.discard(peer)
             if peer not in self._boxes:
@@ -107,8 +115,15 @@ class PostOffice:
     def _box(self, peer: PeerId | None) -> tuple[Outbox | None, bool]:
         """Where what is for `peer` is posted, and whether the coordinator passes it on."""
         relayed = peer in self._relayed or peer in self._relayed_until_linked
-        via = self._coordinator if relayed else peer
-        return (None if via is None else self._boxes.get(via)), relayed
+        if relayed:
+            return self._relay, True
+        return (None if peer is None else self._boxes.get(peer)), False
+
+    def _open_relay(self) -> None:
+        box = None if self._coordinator is None else self._boxes.get(self._coordinator)
+        if box is not None and self._relay is None:
+            self._relay = Outbox(box.link, self._wake)
+            self._relay_sender = self._tasks.create_task(self._relay.run(), name=f"relay by {self._coordinator}")
 
     def _send(self, node: NodeId | None, box: Outbox, frame: Frame, size_bytes: int) -> None:
         if self._shaping is None:
