@@ -12,8 +12,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from ssl import SSLContext
+from typing import Any
 
 from aiohttp import web
+from prometheus_client import CollectorRegistry
 
 from helixd import logs
 from helixd.api.server import Bound, create_app, serve
@@ -23,13 +25,22 @@ from helixd.config import Config
 from helixd.config.checks import passed_in
 from helixd.config.reload import Reload, reloaded
 from helixd.coordinator.coordinator import Coordinator
+from helixd.coordinator.figures import CoordinatorFigures
 from helixd.emulation.cluster import PREFIX as EMULATED
 from helixd.emulation.cluster import emulated_device
 from helixd.emulation.links import ShapedLinks
 from helixd.errors import ConfigError
 from helixd.ids import NodeId, PeerId
 from helixd.model.checkpoint import Checkpoint, resolve_model
-from helixd.settings import api_options, api_pair, coordinator_options, peer_tls, served_model, wire_options
+from helixd.settings import (
+    api_options,
+    api_pair,
+    coordinator_options,
+    digest_cache,
+    peer_tls,
+    served_model,
+    wire_options,
+)
 from helixd.state import StateDir
 from helixd.tls import KeyPair, PeerTls, api_context
 from helixd.wire.endpoint import Endpoint
@@ -38,10 +49,14 @@ from helixd.wire.link import Link
 from helixd.wire.memory import connect_in_process
 from helixd.wire.peers import PeerIdentity
 from helixd.worker.backend import Backend, NodeSetup
+from helixd.worker.local_copy import LocalDigests
 from helixd.worker.shaping import Shaping
 from helixd.worker.worker import Worker, WorkerOptions
 
 log = logging.getLogger(__name__)
+
+SNAPSHOT_TASKS = 100
+"""Names of tasks told at once."""
 
 
 class Daemon:
@@ -53,6 +68,7 @@ class Daemon:
         self.worker: Worker | None = None
         self.api: Bound | None = None
         self.draining = False
+        self.loop_lag_s = 0.0
         self._app: web.Application | None = None
         self._api_tls: SSLContext | None = None
         self._peer_tls: PeerTls | None = None
@@ -141,6 +157,30 @@ class Daemon:
             return None
         return self.worker.overdue(self.config.cluster.timers.step_s, stood_still_s)
 
+    def note_loop_lag(self, lag_s: float) -> None:
+        """Publish how late the event loop was just now."""
+        self.loop_lag_s = lag_s
+        if self._app is not None:
+            self._app[STATE].metrics.loop_lag_s.set(lag_s)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What goes on here, for whoever asks with SIGUSR1: counts and names, never what clients said."""
+        names = sorted(task.get_name() for task in asyncio.all_tasks())
+        facts: dict[str, Any] = {
+            "status": self.status, "draining": self.draining, "loop_lag_s": round(self.loop_lag_s, 3),
+            "task_count": len(names), "tasks": names[:SNAPSHOT_TASKS],
+        }  # fmt: skip
+        if self.coordinator is not None:
+            facts["requests_running"] = self.coordinator.admission.running
+            facts["requests_waiting"] = self.coordinator.admission.waiting
+        if self.worker is not None:
+            facts["queues"] = [
+                f"{node}: {host.runtime.open_sequences} sequences, {host.runtime.queued_tokens} tokens queued"
+                for node, host in self.worker.hosts.items()
+                if host.runtime is not None
+            ]
+        return facts
+
     @property
     def status(self) -> str:
         """What the daemon is doing, in words."""
@@ -149,6 +189,10 @@ class Daemon:
             ready = self.coordinator.readiness()
             model = self.coordinator.model_name
             said.append(f"serving {model}" if ready.ready else f"not serving {model}: {ready.message}")
+            active = self.coordinator.epochs.active
+            if active is not None and active.relayed:
+                pairs = ", ".join(" - ".join(sorted(pair)) for pair in active.relayed)
+                said.append(f"relaying {pairs}, which cannot reach each other")
         if self.worker is not None:
             said.append(self.worker.status)
         return f"{'draining; ' if self.draining else ''}{'; '.join(said)}"
@@ -176,7 +220,9 @@ class Daemon:
         listen = config.api.listen
         tools = TextTools(checkpoint.tokenizer, checkpoint.chat_template, checkpoint.config.vocab_size)
         options = await asyncio.to_thread(api_options, config, os.environ)
-        self._app = app = create_app(coordinator, tools, options)
+        registry = CollectorRegistry()
+        registry.register(CoordinatorFigures(coordinator, lambda: state.write_errors))
+        self._app = app = create_app(coordinator, tools, options, registry)
         pair = api_pair(config)
         if pair is not None:
             self._api_tls = await asyncio.to_thread(api_context, pair)
@@ -228,15 +274,18 @@ class Daemon:
         bound = await _listen(endpoint, config, (host, port))
         if self.peer_address is None:
             self.peer_address = bound
+        # A coordinator's own worker reads the very files that the coordinator serves.
+        copy = None if checkpoint is None or hub is not None else LocalDigests(checkpoint.index, digest_cache(config))
         options = WorkerOptions(
             name=config.node.name,
             advertise=advertise.host if advertise is not None else "",
             port=advertise.port if advertise is not None and advertise.port else bound[1],
-            local_fingerprint=checkpoint.fingerprint if checkpoint is not None else "",
+            local_fingerprint=checkpoint.fingerprint if copy is not None and checkpoint is not None else "",
+            local_digests=None if copy is None else copy.digests,
             state_dir=config.node.state_dir, cache_dir=config.node.cache_dir / "weights",
             retry_max_s=config.cluster.timers.join_retry_max_s,
         )  # fmt: skip
-        setups, backend, shape = await asyncio.to_thread(_devices, config, peer, checkpoint)
+        setups, backend, shape = await asyncio.to_thread(_devices, config, peer, checkpoint, copy)
         worker = Worker(endpoint, connect, setups, options, backend, shape)
         parts.append(worker)
         self.worker = worker
@@ -251,7 +300,7 @@ class Daemon:
 
 
 def _devices(
-    config: Config, peer: PeerId, checkpoint: Checkpoint | None
+    config: Config, peer: PeerId, checkpoint: Checkpoint | None, copy: LocalDigests | None
 ) -> tuple[list[NodeSetup], Backend, Callable[[Callable[[], None]], Shaping] | None]:
     """This worker's nodes, what computes for them, what shapes their links. Blocking.
 
@@ -272,7 +321,8 @@ def _devices(
     from helixd.worker.weights import LocalStore
 
     setups = node_setups(peer, device.devices, device.memory_bytes, device.threads)
-    return setups, TorchBackend(LocalStore(checkpoint.index) if checkpoint is not None else None), None
+    digests = None if copy is None else copy.digests
+    return setups, TorchBackend(LocalStore(checkpoint.index, digests) if checkpoint is not None else None), None
 
 
 def emulated_devices(config: Config) -> list[str]:

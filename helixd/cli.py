@@ -50,7 +50,8 @@ a configuration file: write one with every key and its default, change it, check
 Flags beat environment variables (HELIXD_SECTION__KEY), which beat the file, which beats defaults. Without --config the
 file is $HELIXD_CONFIG, $XDG_CONFIG_HOME/helixd/helixd.toml (not for root) or /etc/helixd/helixd.toml.
 
-SIGTERM and SIGINT let running requests end before the daemon does, SIGHUP makes it read its configuration anew.
+SIGTERM and SIGINT let running requests end before the daemon does, SIGHUP makes it read its configuration anew,
+SIGUSR1 makes it log what it is doing.
 
 other commands, each with a --help of its own:
 {commands}

@@ -6,14 +6,16 @@ exit status why it ended.
 """
 
 import asyncio
+import faulthandler
 import importlib
 import logging
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from helixd import logs
@@ -54,6 +56,7 @@ def run(config: Config, read: ReadConfig) -> int:
 
     Does not return when a device hangs: its thread would be waited for.
     """
+    leave_no_core()
     tune_malloc()
     install_uvloop()
     if config.computes and not emulated_devices(config):
@@ -74,6 +77,13 @@ def run(config: Config, read: ReadConfig) -> int:
     finally:
         notifier.close()
         state.close()
+
+
+def leave_no_core() -> None:
+    """What ends this process leaves stacks of functions in the log, never memory on the disk: prompts are in there."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(OSError, ValueError):  # where stderr is nothing that has a descriptor
+        faulthandler.enable()
 
 
 def _import_torch() -> None:
@@ -99,9 +109,11 @@ async def _main(config: Config, read: ReadConfig, state: StateDir, notifier: Not
                 notifier.ready(daemon.status)
                 hung = tasks.create_task(_watch(daemon, notifier), name="watch")
                 reloads = tasks.create_task(_reload_when_asked(daemon, read, signals.reload, notifier), name="reload")
+                tells = tasks.create_task(_tell_when_asked(daemon, signals.tell), name="tell")
                 stop = tasks.create_task(signals.stop.wait(), name="stop")
                 await asyncio.wait({stop, hung}, return_when=asyncio.FIRST_COMPLETED)
                 reloads.cancel()
+                tells.cancel()
                 if hung.done():
                     notifier.stopping("a device hangs", GIVE_UP_S + STOP_MARGIN_S)
                     await daemon.give_up(hung.result(), GIVE_UP_S)
@@ -147,6 +159,7 @@ async def _watch(daemon: Daemon, notifier: Notifier) -> str:
         await asyncio.sleep(pulse.tick_s)
         now_s = time.monotonic()
         lag_s = max(0.0, now_s - before_s - pulse.tick_s)
+        daemon.note_loop_lag(lag_s)
         overdue = daemon.overdue(lag_s if lag_s >= STOOD_STILL_S else 0.0)
         if pulse.beat(now_s, lag_s, overdue is not None):
             notifier.alive()
@@ -175,12 +188,23 @@ async def _reload_when_asked(daemon: Daemon, read: ReadConfig, asked: asyncio.Ev
         notifier.ready(daemon.status)
 
 
+async def _tell_when_asked(daemon: Daemon, asked: asyncio.Event) -> None:
+    while True:
+        await asked.wait()
+        asked.clear()
+        logs.event(log, logging.INFO, "snapshot", **daemon.snapshot())
+
+
 @dataclass(frozen=True, slots=True)
 class _Signals:
-    """`stop`: SIGTERM, SIGINT, or the end of the terminal the daemon writes to. `reload`: SIGHUP otherwise."""
+    """`stop`: SIGTERM, SIGINT, or the end of the terminal the daemon writes to. `reload`: SIGHUP otherwise.
+
+    `tell`: SIGUSR1.
+    """
 
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     reload: asyncio.Event = field(default_factory=asyncio.Event)
+    tell: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @contextmanager
@@ -194,6 +218,7 @@ def _signals() -> Iterator[_Signals]:
         (signals.stop if gone else signals.reload).set()
 
     handlers = {signal.SIGTERM: signals.stop.set, signal.SIGINT: signals.stop.set, signal.SIGHUP: hang_up}
+    handlers[signal.SIGUSR1] = signals.tell.set
     for number, handler in handlers.items():
         loop.add_signal_handler(number, handler)
     try:

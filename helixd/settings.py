@@ -4,6 +4,7 @@ Reads the key file, and nothing else; starts nothing. Asked again when a configu
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from helixd.api.auth import load_keys
 from helixd.api.options import ApiOptions, Limits
@@ -14,6 +15,7 @@ from helixd.coordinator.planning import Pin, PlanningOptions
 from helixd.coordinator.replanning import ReplanOptions
 from helixd.errors import ConfigError
 from helixd.model.checkpoint import Checkpoint
+from helixd.model.digests import data_identity, weight_digests
 from helixd.model.tokenizer import IncrementalDetokenizer
 from helixd.plan.spec import WorkloadSpec
 from helixd.tls import KeyPair, PeerTls
@@ -38,7 +40,14 @@ def served_model(config: Config, checkpoint: Checkpoint) -> ServedModel:
         eos_ids=checkpoint.eos_ids,
         index=checkpoint.index,
         new_detokenizer=lambda prompt: IncrementalDetokenizer(tokenizer, prompt),
+        digests=lambda stop: weight_digests(checkpoint.index, digest_cache(config), stop),
+        weights=data_identity(checkpoint.index),
     )
+
+
+def digest_cache(config: Config) -> Path:
+    """Where the digests of the local checkpoint's weights are remembered."""
+    return config.node.state_dir / "weight-digests.json"
 
 
 def coordinator_options(config: Config) -> CoordinatorOptions:

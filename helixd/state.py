@@ -17,6 +17,7 @@ from typing import Self
 
 from helixd import logs
 from helixd.errors import HelixError
+from helixd.files import write_whole
 from helixd.ids import Epoch, Incarnation, PeerId
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,9 @@ class StateDir:
         self.peer = peer
         self.incarnation = incarnation
         self.epoch = epoch
+        self.write_errors = 0
         self._lock = lock
+        self._full = False
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state")
 
     @classmethod
@@ -77,19 +80,21 @@ class StateDir:
         try:
             self._write()
         except StateError as error:
-            logs.event(log, logging.WARNING, "epoch_not_kept", epoch=self.epoch, reason=str(error))
+            self.write_errors += 1
+            # Once for a disk that is full, not at every plan until somebody makes room.
+            if not self._full:
+                logs.event(log, logging.WARNING, "epoch_not_kept", epoch=self.epoch, reason=str(error))
+            self._full = True
+        else:
+            self._full = False
 
     def _write(self) -> None:
-        partial = self.path / "identity.json.partial"
+        path = self.path / "identity.json"
         facts = {"peer": self.peer, "incarnation": self.incarnation, "epoch": self.epoch}
         try:
-            with partial.open("w") as file:
-                json.dump(facts, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path / "identity.json")
+            write_whole(path, json.dumps(facts))
         except OSError as error:
-            raise StateError(f"cannot write {partial}: {error}") from error
+            raise StateError(f"cannot write {path}: {error}") from error
 
 
 def _read(path: Path) -> dict[str, object]:

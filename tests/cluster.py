@@ -15,9 +15,11 @@ from helixd.coordinator.coordinator import Coordinator, CoordinatorOptions, Serv
 from helixd.coordinator.generation import Delta, Event, Failed, Finished, GenerationRequest, PromptScored
 from helixd.coordinator.planning import PlanningOptions
 from helixd.coordinator.replanning import ReplanOptions
+from helixd.errors import JoinRefused
 from helixd.ids import Incarnation, NodeId, PeerId, RequestId
 from helixd.layers import LayerRange
 from helixd.model.config import load_config
+from helixd.model.digests import data_identity, weight_digests
 from helixd.model.index import SafetensorsIndex, fingerprint
 from helixd.plan.plan import Hop, Plan
 from helixd.plan.spec import COORDINATOR, WorkloadSpec
@@ -28,6 +30,7 @@ from helixd.wire.memory import MemoryEndpoint, MemoryNetwork
 from helixd.wire.options import WireOptions
 from helixd.wire.peers import PeerIdentity
 from helixd.worker.backend import NodeSetup
+from helixd.worker.local_copy import LocalDigests
 from helixd.worker.torch_backend import TorchBackend
 from helixd.worker.weights import LocalStore
 from helixd.worker.worker import Worker, WorkerOptions
@@ -82,7 +85,7 @@ def served_model(path: Path, max_context_tokens: int) -> ServedModel:
     index = SafetensorsIndex.open(path)
     return ServedModel(
         path.name, fingerprint(path, index), config, (path / "config.json").read_text(), "float32", max_context_tokens,
-        (), index, lambda prompt: Letters(),
+        (), index, lambda prompt: Letters(), lambda stop: weight_digests(index, None, stop), data_identity(index),
     )  # fmt: skip
 
 
@@ -105,6 +108,7 @@ class Cluster:
     def __init__(self, path: Path, carrier: Carrier, options: CoordinatorOptions, max_context_tokens: int) -> None:
         self.network = MemoryNetwork()
         self.units: list[WorkerUnit] = []
+        self.refusals: list[str] = []
         self.model = served_model(path, max_context_tokens)
         self._path = path
         self._state = path.with_name(f"{path.name}-state")
@@ -127,9 +131,13 @@ class Cluster:
         self.coordinator.start()
 
     async def add_worker(
-        self, name: str, memory_bytes: int, incarnation: int = 1, state: Path | None = None
-    ) -> WorkerUnit:
-        """`state` remembers measurements; all workers of a checkpoint share one unless told otherwise."""
+        self, name: str, memory_bytes: int, incarnation: int = 1, state: Path | None = None, copy: Path | None = None,
+        cache: Path | None = None,
+    ) -> WorkerUnit:  # fmt: skip
+        """`state` remembers measurements; all workers of a checkpoint share one unless told otherwise.
+
+        `copy`: a checkpoint of its own, that is compared with the coordinator's. `cache`: it fetches, and keeps here.
+        """
         parts: list[Worker] = []
         endpoint = await self._endpoint(
             name, lambda link: parts[0].on_link(link), lambda link, reason: parts[0].on_lost(link, reason), incarnation
@@ -141,10 +149,17 @@ class Cluster:
 
         setup = NodeSetup(NodeId(name), "cpu", "test", memory_bytes, memory_bytes, 1)
         options = WorkerOptions(advertise="127.0.0.1", port=port, status_interval_s=0.1, state_dir=state or self._state)
-        store = LocalStore(SafetensorsIndex.open(self._path))
-        worker = Worker(endpoint, connect, [setup], options, TorchBackend(store))
+        index = SafetensorsIndex.open(copy or self._path)
+        store = LocalStore(index)
+        if copy is not None:
+            digests = LocalDigests(index, None).digests
+            options = replace(options, local_fingerprint=fingerprint(copy, index), local_digests=digests)
+            store = LocalStore(index, digests)
+        if cache is not None:
+            options = replace(options, cache_dir=cache)
+        worker = Worker(endpoint, connect, [setup], options, TorchBackend(store if cache is None else None))
         parts.append(worker)
-        unit = WorkerUnit(name, worker, endpoint, self._tasks.create_task(_run(worker), name=f"worker {name}"))
+        unit = WorkerUnit(name, worker, endpoint, self._tasks.create_task(self._run(worker), name=f"worker {name}"))
         self.units.append(unit)
         return unit
 
@@ -223,6 +238,12 @@ class Cluster:
         except* Over:
             pass
 
+    async def _run(self, worker: Worker) -> None:
+        try:
+            await worker.run()
+        except* JoinRefused as group:
+            self.refusals.extend(map(str, group.exceptions))
+
     async def _endpoint(self, name: str, on_link, on_lost, incarnation: int = 1):  # type: ignore[no-untyped-def]
         identity = PeerIdentity(PeerId(name), Incarnation(incarnation))
         options = WireOptions(small_payload_bytes=4096, chunk_bytes=4096)
@@ -231,10 +252,6 @@ class Cluster:
         else:
             made = Endpoint(identity, options, None, lambda *_: None, on_link, on_lost)
         return await self._stack.enter_async_context(made)
-
-
-async def _run(worker: Worker) -> None:
-    await worker.run()
 
 
 def take(outcome: Outcome, event: Event) -> None:

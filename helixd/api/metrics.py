@@ -66,6 +66,9 @@ class ApiMetrics:
         self.slow_client_aborts = Counter(
             "helixd_slow_client_aborts", "Streams cut off because the client did not read", registry=registry
         )
+        self.loop_lag_s = Gauge(
+            "helixd_loop_lag_seconds", "How late the event loop was when it last looked at the clock", registry=registry
+        )
         self.unknown_fields = Counter(
             "helixd_unknown_request_fields", "Request fields that no table knows; they are ignored", registry=registry
         )

@@ -59,6 +59,8 @@ def _path(value: object, base: Path) -> Path:
     text = _string(value)
     if not text:
         return Path()
+    if "\0" in text:
+        raise ValueError(f"{text!r} cannot be a path: it has a null character")
     try:
         expanded = Path(text).expanduser()
     except RuntimeError as error:

@@ -6,6 +6,7 @@ request; what workers hold can be thrown away and rebuilt from here.
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -17,14 +18,16 @@ from helixd.coordinator.fleet import Fleet
 from helixd.coordinator.generation import Failed, Generation, GenerationRequest, Readiness, Refused
 from helixd.coordinator.planning import ModelSizes, PlanningOptions
 from helixd.coordinator.probing import Prober
+from helixd.coordinator.relay import Relay
 from helixd.coordinator.replanning import Replanner, ReplanOptions
 from helixd.coordinator.request import RequestRun
 from helixd.coordinator.sequence import Lease, SequenceLimits, SequenceRun
 from helixd.coordinator.text import ChoiceText, Detokenizer
 from helixd.coordinator.view import cluster_view, readiness
-from helixd.coordinator.weights import WeightServer
+from helixd.coordinator.weights import WeightCheck, WeightServer
 from helixd.ids import Epoch, NodeId, SequenceId
 from helixd.model.decoder import DecoderConfig, DType
+from helixd.model.digests import WeightDigests
 from helixd.model.index import SafetensorsIndex
 from helixd.protocol import messages as m
 from helixd.protocol.codec import to_frame
@@ -41,7 +44,11 @@ ROUTE_IN_HEADERS_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The model as the coordinator serves it. `new_detokenizer(prompt)` makes one per choice."""
+    """The model as the coordinator serves it. `new_detokenizer(prompt)` makes one per choice.
+
+    `digests`: computes those of its weights, blocking, until the event is set; None: copies are not compared.
+    `weights`: another word when the weights' files are others.
+    """
 
     name: str
     fingerprint: str
@@ -52,6 +59,8 @@ class ServedModel:
     eos_ids: tuple[int, ...]
     index: SafetensorsIndex | None
     new_detokenizer: Callable[[tuple[int, ...]], Detokenizer]
+    digests: Callable[[threading.Event], WeightDigests] | None = None
+    weights: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +104,10 @@ class Coordinator:
             self.fleet, network.identity.peer, tasks, self.replanner.something_changed, options.probe_bytes,
             options.probe_timeout_s,
         )  # fmt: skip
+        self.relay = Relay(self.fleet, self.epochs.relays)
         self.desk = WorkerDesk(
             self.fleet, self.admission, self.epochs, self.replanner, self.prober, WeightServer(model.index),
-            self._greeting, tasks,
+            WeightCheck(model.digests, tasks), self.relay, self._greeting, tasks,
         )  # fmt: skip
         self._tasks = tasks
         self._next_sequence = network.identity.incarnation % (1 << 31) * SEQUENCES_PER_LIFE
@@ -234,7 +244,7 @@ class Coordinator:
         model, options = self.model, self.options
         welcome = m.Welcome(
             model.name, model.fingerprint, model.dtype, model.max_context_tokens,
-            options.max_batch_sequences, options.max_batch_tokens, options.prefill_chunk_tokens,
+            options.max_batch_sequences, options.max_batch_tokens, options.prefill_chunk_tokens, weights=model.weights,
         )  # fmt: skip
         return welcome, memoryview(model.config_text.encode())
 
@@ -280,4 +290,4 @@ class Coordinator:
 
     def _masks(self) -> tuple[Collection[NodeId], Collection[tuple[NodeId, NodeId]]]:
         nodes = self.epochs.unready_nodes() | self.fleet.unusable_nodes()
-        return nodes, self.fleet.unusable_links()
+        return nodes, self.fleet.unusable_links() - self.epochs.relayed_links()

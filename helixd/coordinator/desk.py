@@ -8,14 +8,17 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from helixd import logs
+import msgspec
+
+from helixd import __version__, logs
 from helixd.coordinator.admission import Admission
 from helixd.coordinator.epochs import Epochs
 from helixd.coordinator.fleet import Fleet, Peer
 from helixd.coordinator.probing import Prober
+from helixd.coordinator.relay import Relay
 from helixd.coordinator.replanning import Replanner
 from helixd.coordinator.sequence import Broken, Lease, ScoresArrived, TokenArrived
-from helixd.coordinator.weights import WeightServer
+from helixd.coordinator.weights import WeightCheck, WeightServer
 from helixd.ids import Attempt, NodeId, PeerId, SequenceId
 from helixd.plan.spec import COORDINATOR
 from helixd.protocol import messages as m
@@ -37,7 +40,7 @@ class WorkerDesk:
 
     def __init__(
         self, fleet: Fleet, admission: Admission, epochs: Epochs, replanner: Replanner, prober: Prober,
-        weights: WeightServer, greeting: Greeting, tasks: asyncio.TaskGroup,
+        weights: WeightServer, check: WeightCheck, relay: Relay, greeting: Greeting, tasks: asyncio.TaskGroup,
     ) -> None:  # fmt: skip
         self.failovers = 0
         self.closing = False
@@ -47,6 +50,8 @@ class WorkerDesk:
         self._replanner = replanner
         self._prober = prober
         self._weights = weights
+        self._check = check
+        self._relay = relay
         self._greeting = greeting
         self._tasks = tasks
         self._senders: dict[Link, asyncio.Task[None]] = {}
@@ -84,7 +89,7 @@ class WorkerDesk:
     async def _on_frame(self, link: Link, frame: Frame) -> None:
         message = from_frame(frame)
         if isinstance(message, m.Hello):
-            self._on_hello(link, message)
+            self._on_hello(link, message, b"" if frame.payload is None else bytes(frame.payload))
             return
         peer = self._fleet.peers.get(link.peer)
         if peer is None or peer.link is not link:
@@ -94,6 +99,8 @@ class WorkerDesk:
             case m.Tokens():
                 for drawn in message.drawn:
                     self._on_drawn(NodeId(message.node), drawn)
+            case m.Activations():
+                await self._relay.carry(peer, message, frame)
             case m.Scores():
                 scores = tuple(TokenLogprobs(lp, tuple(top)) for lp, top in message.scores)
                 if (run := self._admission.holder(SequenceId(message.sequence))) is not None:
@@ -125,11 +132,11 @@ class WorkerDesk:
             case _:
                 raise ProtocolError(f"a worker must not send {type(message).__name__}")
 
-    def _on_hello(self, link: Link, hello: m.Hello) -> None:
+    def _on_hello(self, link: Link, hello: m.Hello, digests: bytes) -> None:
         outbox = Outbox(link, lambda: None)
         self._stop_sending(link)
         self._senders[link] = self._tasks.create_task(outbox.run(), name=f"send to {link.peer}")
-        wrong = self._why_not(hello)
+        wrong = self._why_not(hello, digests)
         old = self._fleet.peers.get(link.peer)
         if wrong is None and old is not None and old.link is not link:
             self.on_lost(old.link, "a newer life of this worker joined")
@@ -148,6 +155,9 @@ class WorkerDesk:
             nodes=[hardware.node for hardware in hello.nodes],
         )  # fmt: skip
         welcome, config_json = self._greeting()
+        version = m.common_version(hello.protocol, hello.oldest or hello.protocol)
+        assert version is not None
+        welcome = msgspec.structs.replace(welcome, protocol=version)
         outbox.post(to_frame(welcome, config_json))
 
     def _stop_sending(self, link: Link) -> None:
@@ -155,12 +165,17 @@ class WorkerDesk:
         if sender is not None:
             sender.cancel()
 
-    def _why_not(self, hello: m.Hello) -> m.Refused | None:
+    def _why_not(self, hello: m.Hello, digests: bytes) -> m.Refused | None:
         welcome, _ = self._greeting()
-        if hello.protocol != m.PROTOCOL_VERSION:
+        oldest = hello.oldest or hello.protocol
+        version = m.common_version(hello.protocol, oldest)
+        if version is None:
+            older = "the worker" if hello.protocol < m.OLDEST_VERSION else "the coordinator"
             return m.Refused(
                 "version",
-                f"protocol version {hello.protocol} ({hello.software}) does not fit {m.PROTOCOL_VERSION} here", True,
+                f"the worker ({hello.software}) speaks protocol {oldest} to {hello.protocol}, this coordinator (helixd "
+                f"{__version__}) {m.OLDEST_VERSION} to {m.PROTOCOL_VERSION}; upgrade {older}",
+                True,
             )  # fmt: skip
         if hello.fingerprint and hello.fingerprint != welcome.fingerprint:
             return m.Refused(
@@ -169,6 +184,12 @@ class WorkerDesk:
                 f"{welcome.model_name} with {welcome.fingerprint}; use the same files, or none (they are fetched)",
                 True,
             )  # fmt: skip
+        if hello.fingerprint and (digests or version > 1):
+            wrong = self._check.why_not(digests)
+            if wrong is not None:
+                return wrong
+        elif hello.fingerprint:
+            logs.event(log, logging.WARNING, "weights_not_compared", software=hello.software, protocol=version)
         names = [hardware.node for hardware in hello.nodes]
         if len(set(names)) < len(names) or COORDINATOR in names or "" in names:
             return m.Refused(

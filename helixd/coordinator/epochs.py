@@ -13,6 +13,7 @@ from helixd import logs
 from helixd.coordinator.admission import Admission
 from helixd.coordinator.fleet import Fleet
 from helixd.coordinator.planning import ModelSizes
+from helixd.coordinator.relay import Pair, node_links
 from helixd.coordinator.sequence import Lease
 from helixd.ids import Epoch, NodeId, PeerId
 from helixd.layers import LayerRange
@@ -30,12 +31,16 @@ LEAST_KV_TOKENS = 128
 
 @dataclass(slots=True)
 class PlanInForce:
-    """An epoch's plan and how far its nodes are. `states` by node: loading, ready or failed."""
+    """An epoch's plan and how far its nodes are. `states` by node: loading, ready or failed.
+
+    `relayed`: workers whose rows for one another go through the coordinator.
+    """
 
     epoch: Epoch
     plan: Plan
     kv_token_layers: dict[NodeId, int]
     states: dict[NodeId, EpochState] = field(default_factory=dict)
+    relayed: frozenset[Pair] = frozenset()
 
     def ready(self, node: NodeId) -> bool:
         """Whether a node serves this epoch."""
@@ -57,6 +62,7 @@ class Epochs:
         self._last = first
         self._remember = remember
         self._retired_below = first
+        self._relayed: dict[Epoch, frozenset[Pair]] = {}
 
     def holding(self) -> dict[NodeId, LayerRange]:
         """What nodes hold or are loading, as far as it is a single range."""
@@ -70,8 +76,8 @@ class Epochs:
                 held.update((n, r) for n, r in plan.plan.placement.items() if n in self._fleet.nodes)
         return held
 
-    def push(self, plan: Plan) -> None:
-        """Start the switch to `plan`."""
+    def push(self, plan: Plan, relayed: frozenset[Pair] = frozenset()) -> None:
+        """Start the switch to `plan`, whose rows between `relayed` workers go through the coordinator."""
         self._last = Epoch(self._last + 1)
         self._remember(self._last)
         beside = self._rooms(plan, self.active)
@@ -89,7 +95,8 @@ class Epochs:
             self._admission.break_where(lambda lease: True, "moved", "the plan changed")
             self._retire_below(self._last)
             beside = self._rooms(plan, None)
-        self.coming = PlanInForce(self._last, plan, beside)
+        self.coming = PlanInForce(self._last, plan, beside, relayed=relayed)
+        self._relayed[self._last] = relayed
         self._send(self.coming)
         placement = ", ".join(f"{node} {layers}" for node, layers in sorted(plan.placement.items()))
         logs.event(log, logging.INFO, "epoch_pushed", epoch=self._last, placement=placement)
@@ -125,6 +132,14 @@ class Epochs:
                 for node in back:
                     self._admission.ledger.set_capacity(node, plan.kv_token_layers[node])
             self._send(plan)
+
+    def relays(self, one: PeerId, other: PeerId) -> bool:
+        """Whether a plan that is alive relays between these workers."""
+        return any(frozenset((one, other)) in pairs for pairs in self._relayed.values())
+
+    def relayed_links(self) -> frozenset[tuple[NodeId, NodeId]]:
+        """Node pairs whose rows the active plan sends through the coordinator."""
+        return frozenset() if self.active is None else node_links(self._fleet, self.active.relayed)
 
     def unready_nodes(self) -> frozenset[NodeId]:
         """Nodes of the active plan that do not serve it."""
@@ -165,13 +180,14 @@ class Epochs:
 
     def _retire_below(self, epoch: Epoch) -> None:
         self._retired_below = epoch
+        self._relayed = {number: pairs for number, pairs in self._relayed.items() if number >= epoch}
         for peer in self._fleet.peers.values():
             peer.outbox.post(to_frame(EpochRetire(epoch)))
 
     def _send(self, plan: PlanInForce) -> None:
         assignments = [self._assignment(plan, node, layers) for node, layers in plan.plan.placement.items()]
         for peer in self._fleet.peers.values():
-            push = EpochPush(plan.epoch, assignments, self._neighbours(plan.plan, peer.id))
+            push = EpochPush(plan.epoch, assignments, self._neighbours(plan, peer.id))
             peer.outbox.post(to_frame(push))
 
     def _assignment(self, plan: PlanInForce, node: NodeId, layers: LayerRange) -> Assignment:
@@ -183,18 +199,19 @@ class Epochs:
         host = peer.id if peer is not None else ""
         return Assignment(node, host, layers.start, layers.end, plan.kv_token_layers[node], hops)
 
-    def _neighbours(self, plan: Plan, me: PeerId) -> list[PeerAddress]:
-        """Peers that this one sends to or receives from; the receiver dials."""
+    def _neighbours(self, plan: PlanInForce, me: PeerId) -> list[PeerAddress]:
+        """Peers that this one sends to or receives from; the receiver dials, unless they are relayed."""
         found: dict[PeerId, PeerAddress] = {}
-        for src, hops in plan.schedule.items():
+        for src, hops in plan.plan.schedule.items():
             for hop in hops:
                 a, b = self._fleet.peer_of(src), self._fleet.peer_of(hop.node)
                 if a is None or b is None or a.id == b.id or me not in (a.id, b.id):
                     continue
                 other, receiving = (a, True) if me == b.id else (b, False)
                 known = found.get(other.id)
-                dial = receiving or (known is not None and known.dial)
-                found[other.id] = PeerAddress(other.id, other.host, other.port, dial)
+                relay = frozenset((a.id, b.id)) in plan.relayed
+                dial = not relay and (receiving or (known is not None and known.dial))
+                found[other.id] = PeerAddress(other.id, other.host, other.port, dial, relay)
         return list(found.values())
 
     def _rooms(self, plan: Plan, beside: PlanInForce | None) -> dict[NodeId, int]:

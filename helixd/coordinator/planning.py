@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from helixd import logs
 from helixd.coordinator.fleet import Fleet, Node
+from helixd.coordinator.relay import Pair, relayed_fact
 from helixd.ids import NodeId, PeerId
 from helixd.layers import LayerRange
 from helixd.model.decoder import DTYPE_BYTES, DecoderConfig, DType
@@ -84,9 +85,13 @@ class ModelSizes:
 
 
 def build_spec(
-    fleet: Fleet, name: str, sizes: ModelSizes, options: PlanningOptions, holding: Mapping[NodeId, LayerRange]
-) -> ClusterSpec:
-    """The cluster as it is measured now. `holding`: the ranges nodes have loaded, which a new plan may keep."""
+    fleet: Fleet, name: str, sizes: ModelSizes, options: PlanningOptions, holding: Mapping[NodeId, LayerRange],
+    relayed: Collection[Pair] = (),
+) -> ClusterSpec:  # fmt: skip
+    """The cluster as it is measured now. `holding`: the ranges nodes have loaded, which a new plan may keep.
+
+    `relayed`: workers that nothing connects, taken to be connected through the coordinator.
+    """
     nodes = [node for node in fleet.ready_nodes() if node.measured is not None]
     model = ModelSpec(
         name, sizes.num_layers, sizes.layer_bytes, sizes.activation_bytes, TOKEN_BYTES,
@@ -105,7 +110,7 @@ def build_spec(
                 exclude=pin.exclude, fixed_range=pin.range, current_range=holding.get(node.id),
             )
         )  # fmt: skip
-    return ClusterSpec(name, model, tuple(specs), tuple(_links(fleet, nodes)), options.workload)
+    return ClusterSpec(name, model, tuple(specs), tuple(_links(fleet, nodes, relayed)), options.workload)
 
 
 def _measurement(node: Node) -> NodeMeasurement:
@@ -118,7 +123,7 @@ def _measurement(node: Node) -> NodeMeasurement:
     )
 
 
-def _links(fleet: Fleet, nodes: list[Node]) -> list[LinkSpec]:
+def _links(fleet: Fleet, nodes: list[Node], relayed: Collection[Pair]) -> list[LinkSpec]:
     links = []
     for a in nodes:
         for src, dst in ((COORDINATOR, a.id), (a.id, COORDINATOR)):
@@ -132,6 +137,8 @@ def _links(fleet: Fleet, nodes: list[Node]) -> list[LinkSpec]:
                 links.append(LinkSpec(a.id, b.id, IN_PROCESS_BYTES_PER_S, 0.0))
                 continue
             fact = fleet.links.get((a.peer, b.peer))
+            if frozenset((a.peer, b.peer)) in relayed:
+                fact = relayed_fact(fleet, a.peer, b.peer)
             if fact is not None and not fact.error:
                 links.append(LinkSpec(a.id, b.id, fact.bandwidth_bytes_per_s, fact.rtt_s / 2))
     return links

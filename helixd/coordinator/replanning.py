@@ -15,6 +15,7 @@ from helixd.coordinator.admission import Admission
 from helixd.coordinator.epochs import Epochs
 from helixd.coordinator.fleet import Fleet
 from helixd.coordinator.planning import ModelSizes, PlanningOptions, build_spec, run_planner
+from helixd.coordinator.relay import Pair, relay_notes, relayable, used_pairs
 from helixd.ids import NodeId
 from helixd.plan.adopt import gain
 from helixd.plan.plan import Infeasible, Plan
@@ -23,6 +24,7 @@ from helixd.solver.process import PlannerFailed
 log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
+NOTHING_ELSE = "they cannot reach each other, and no placement does without"
 RETRY_FAILED_MAX_S = 600.0
 
 
@@ -101,7 +103,7 @@ class Replanner:
 
     async def _plan(self) -> None:
         try:
-            plan, kept = await self._solve()
+            plan, kept, relayed = await self._solve()
         except Infeasible as error:
             self.why_no_plan, self.infeasible = str(error), True
             logs.event(log, logging.WARNING, "no_placement", reason=str(error))
@@ -113,44 +115,57 @@ class Replanner:
             self._changed.set()
             return
         self.infeasible = False
-        reason = self._why_adopt(plan, kept)
+        reason = self._why_adopt(plan, kept, relayed)
         if reason is not None:
             logs.event(
                 log, logging.INFO, "plan_adopted", reason=reason, method=plan.method, solve_s=round(plan.solve_s, 3),
                 max_flow_tokens_per_s=round(plan.max_flow_tokens_per_s, 1),
             )  # fmt: skip
             self._last_move_s = time.monotonic()
-            self._epochs.push(plan)
+            for pair in map(sorted, relayed):
+                logs.event(log, logging.WARNING, "relayed", workers=pair, reason=NOTHING_ELSE)
+            self._epochs.push(plan, relayed)
         self.notes = self._notes(plan)
 
     def _notes(self, plan: Plan) -> Mapping[NodeId, str]:
         """A sentence on nodes that are idle or a bottleneck, after `plan` was adopted or not."""
         kept = self._epochs.coming or self._epochs.active
         said = plan.explanations or {}
-        if kept is None or kept.plan.placement == plan.placement:
+        if kept is None:
             return said
+        relayed = relay_notes(self._fleet, kept.plan, kept.relayed)
+        if kept.plan.placement == plan.placement:
+            return {**said, **relayed}
         held = kept.plan.placement
         unused = dict.fromkeys(plan.placement, "idle: a plan that uses it would not serve enough more to move layers")
         about_held = {node: text for node, text in (kept.plan.explanations or {}).items() if node in held}
-        return about_held | {node: text for node, text in {**said, **unused}.items() if node not in held}
+        return about_held | {node: text for node, text in {**said, **unused}.items() if node not in held} | relayed
 
-    async def _solve(self) -> tuple[Plan, Plan | None]:
-        """The new plan, and the one in force as it is worth now.
+    async def _solve(self) -> tuple[Plan, Plan | None, frozenset[Pair]]:
+        """The new plan, the one in force as it is worth now, and the workers that the new one relays between.
 
-        With the KV room the operator wants; where that fits nowhere, with as little as can serve.
+        With the KV room the operator wants; where that fits nowhere, with as little as can serve; and only where that
+        connects nothing either, over the coordinator's own links.
         """
         holding = self._epochs.holding()
         now = self._epochs.coming or self._epochs.active
         placement = None if now is None else now.plan.placement
-        spec = build_spec(self._fleet, self._model_name, self._sizes, self._planning, holding)
-        try:
-            return await run_planner(spec, self._planning, placement)
-        except Infeasible:
-            tight = replace(self._planning, kv_fraction=0.0)
-            spec = build_spec(self._fleet, self._model_name, self._sizes, tight, holding)
-            return await run_planner(spec, tight, placement)
+        pairs = relayable(self._fleet)
+        tight = replace(self._planning, kv_fraction=0.0)
+        tries = [(options, relayed) for relayed in ((), pairs) for options in (self._planning, tight)]
+        why: Infeasible | None = None
+        for options, relayed in tries if pairs else tries[:2]:
+            spec = build_spec(self._fleet, self._model_name, self._sizes, options, holding, relayed)
+            try:
+                plan, kept = await run_planner(spec, options, placement)
+            except Infeasible as error:
+                why = error
+            else:
+                return plan, kept, used_pairs(self._fleet, plan, relayed)
+        assert why is not None
+        raise why
 
-    def _why_adopt(self, plan: Plan, kept: Plan | None) -> str | None:
+    def _why_adopt(self, plan: Plan, kept: Plan | None, relayed: frozenset[Pair]) -> str | None:
         """The reason to switch to `plan`; None to stay with `kept`, which is what is in force as it is worth now."""
         now_in_force = self._epochs.coming or self._epochs.active
         if now_in_force is None:
@@ -158,6 +173,9 @@ class Replanner:
         # Also with the placement as it is: who is left may need hops that the schedules do not have.
         if self._epochs.coming is None and not self._admission.has_pipeline() and self._has_failed_or_lost():
             return "the pipeline is lost"
+        there = {pair for pair in now_in_force.relayed if pair <= self._fleet.peers.keys()}
+        if there - relayable(self._fleet):
+            return "workers that were relayed reach each other again"
         usable = {node.id for node in self._fleet.ready_nodes()}
         if {n: r for n, r in now_in_force.plan.placement.items() if n in usable} == dict(plan.placement):
             return None

@@ -73,6 +73,7 @@ def cluster_view(c: Coordinator) -> Mapping[str, object]:
                 "rtt_s": None if fact.error else fact.rtt_s,
                 "bandwidth_bytes_per_s": None if fact.error else fact.bandwidth_bytes_per_s,
                 "error": fact.error or None,
+                "relayed": active is not None and frozenset((src, dst)) in active.relayed,
             }
             for (src, dst), fact in sorted(c.fleet.links.items())
         ],
@@ -81,6 +82,11 @@ def cluster_view(c: Coordinator) -> Mapping[str, object]:
             "waiting": c.admission.waiting,
             "failovers": c.desk.failovers,
             "preemptions": c.admission.preemptions,
+        },
+        "relay": {
+            "carried_frames": c.relay.carried_frames,
+            "carried_bytes": c.relay.carried_bytes,
+            "dropped_frames": c.relay.dropped_frames,
         },
     }
 
@@ -100,6 +106,7 @@ def _plan_view(c: Coordinator) -> Mapping[str, object] | None:
         "upper_bound_tokens_per_s": plan.upper_bound_tokens_per_s,
         "predicted_decode_tokens_per_s": plan.predicted_decode_tokens_per_s,
         "explanations": dict(plan.explanations or {}),
+        "relayed": sorted(map(sorted, active.relayed)),
         "method": plan.method,
         "solve_s": plan.solve_s,
     }

@@ -126,9 +126,9 @@ class ShapedLinks:
         else:
             self._in.carry(size_bytes, handle)
 
-    def congested(self, node: NodeId) -> bool:
+    def congested(self, node: NodeId | None) -> bool:
         """See `Shaping`."""
-        lane = self._out.get(node)
+        lane = self._out.get(node or COORDINATOR)
         return lane is not None and lane.waiting_bytes > SOFT_BYTES
 
     def figures(self, node: NodeId | None) -> LinkFigures | None:

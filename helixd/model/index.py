@@ -68,6 +68,11 @@ class SafetensorsIndex:
         """Size of each file when it was opened."""
         return self._file_bytes
 
+    def file_identities(self) -> Mapping[str, tuple[int, int, int, int]]:
+        """Each open file's device, inode, size and time of change (ns): another content has another identity."""
+        states = {name: os.fstat(fd) for name, fd in self._files.items()}
+        return {name: (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in states.items()}
+
     def __contains__(self, name: str) -> bool:
         """Whether the checkpoint has a tensor of that name."""
         return name in self._tensors
@@ -93,7 +98,13 @@ class SafetensorsIndex:
 
         Raises ModelError as `ref` does, for a range that is not within the tensor, and for a file cut short since.
         """
-        ref = self.ref(name)
+        return self._read(name, self.ref(name), offset, length)
+
+    def read_stored(self, name: str, offset: int, length: int) -> bytearray:
+        """As `read_range`, of a tensor of any dtype."""
+        return self._read(name, self._tensors[name], offset, length)
+
+    def _read(self, name: str, ref: TensorRef, offset: int, length: int) -> bytearray:
         if not (0 <= offset and 0 <= length and offset + length <= ref.nbytes):
             raise ModelError(f"tensor {name!r} has {ref.nbytes} bytes; no {length} bytes at {offset}")
         fd = self._files.get(ref.file)

@@ -14,7 +14,11 @@ import msgspec
 
 from helixd.sampling import SamplingParams
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+OLDEST_VERSION = 1
+"""Versions this daemon speaks, both inclusive: its own and the one before. Version 2 compares the weights."""
+RELAY_VERSION = 2
+"""From this version on a worker understands that the coordinator carries its rows."""
 
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=1000)]
@@ -49,6 +53,8 @@ class Hello(Message, frozen=True):
     `fingerprint` is that of a local copy of the model ("" without one: weights are then fetched from the coordinator).
     `port` is where other workers can dial; `advertise` the host to use ("" for the address the coordinator sees).
     `held` tells the layers that are already loaded, per node, of the model `held_fingerprint`. `name` is for people.
+    `protocol` is the newest version that I speak, `oldest` the oldest (0: the same). Payload: the digests of the local
+    copy's tensors (`helixd.model.digests`); none from version 1.
     """
 
     KIND: ClassVar[int] = 1
@@ -61,10 +67,16 @@ class Hello(Message, frozen=True):
     held_fingerprint: Name = ""
     held: list[tuple[Name, int, int]] = []
     name: Name = ""
+    oldest: Count = 0
 
 
 class Welcome(Message, frozen=True):
-    """Coordinator -> worker: you are in; this is the model and how it is computed. Payload: its config.json."""
+    """Coordinator -> worker: you are in; this is the model and how it is computed. Payload: its config.json.
+
+    `protocol` is the version that both speak from here on; version 1 does not say so. `weights` tells other data apart
+    that has the same names, shapes and tokenizer ("": not known): what was fetched or loaded under another one is not
+    this model's.
+    """
 
     KIND: ClassVar[int] = 2
     model_name: Name
@@ -74,6 +86,14 @@ class Welcome(Message, frozen=True):
     max_batch_sequences: Count
     max_batch_tokens: Count
     prefill_chunk_tokens: Count
+    protocol: Count = 1
+    weights: Name = ""
+
+
+def common_version(newest: int, oldest: int) -> int | None:
+    """The newest version that we and a peer speaking `oldest` to `newest` have in common; None for none."""
+    version = min(newest, PROTOCOL_VERSION)
+    return version if version >= max(oldest, OLDEST_VERSION) else None
 
 
 class Refused(Message, frozen=True):
@@ -126,12 +146,16 @@ class Assignment(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PeerAddress(msgspec.Struct, frozen=True, array_like=True):
-    """A neighbour in the plan. `dial`: you are the receiver of its activations, so you dial."""
+    """A neighbour in the plan. `dial`: you are the receiver of its activations, so you dial.
+
+    `relay`: nothing connects you; what you have for its nodes goes to the coordinator, what it has comes from there.
+    """
 
     peer: Name
     host: Name
     port: int
     dial: bool
+    relay: bool = False
 
 
 class EpochPush(Message, frozen=True):
@@ -210,7 +234,10 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Activations(Message, frozen=True):
-    """Hop -> next hop, with the rows of all parts in order as payload (the cluster's dtype, row-major)."""
+    """Hop -> next hop, with the rows of all parts in order as payload (the cluster's dtype, row-major).
+
+    Between relayed neighbours: hop -> coordinator -> next hop, unchanged.
+    """
 
     KIND: ClassVar[int] = 12
     incarnation: int

@@ -1,6 +1,7 @@
 """Where a worker's messages leave it: one outbox per peer, a direct hand-over between nodes of the same daemon.
 
-Knows which peer hosts which node (epochs tell it) and which link leads there; knows nothing of what it carries.
+Knows which peer hosts which node and whom the coordinator relays to (epochs tell it), and which link leads there; knows
+nothing of what it carries.
 """
 
 import asyncio
@@ -35,10 +36,31 @@ class PostOffice:
         self._senders: dict[Link, asyncio.Task[None]] = {}
         self._hosts: dict[NodeId, PeerId] = {}
         self._coordinator: PeerId | None = None
+        # Rows that the coordinator passes on wait for others than it; its own messages do not wait for them.
+        self._relay: Outbox | None = None
+        self._relay_sender: asyncio.Task[None] | None = None
+        self._relayed: set[PeerId] = set()
+        self._relayed_until_linked: set[PeerId] = set()
 
     def set_coordinator(self, peer: PeerId | None) -> None:
-        """Whom `to_coordinator` reaches from now on."""
+        """Whom `to_coordinator` reaches from now on; it relays to nobody before it says so."""
         self._coordinator = peer
+        self._relay = None
+        if self._relay_sender is not None:
+            self._relay_sender.cancel()
+            self._relay_sender = None
+        self._relayed.clear()
+        self._relayed_until_linked.clear()
+
+    def relay(self, peer: PeerId, through_coordinator: bool) -> None:
+        """Whether what is for `peer` goes to the coordinator from now on; if not, as soon as there is a link to it."""
+        if through_coordinator:
+            self._relayed.add(peer)
+            self._open_relay()
+        elif peer in self._relayed:
+            self._relayed.discard(peer)
+            if peer not in self._boxes:
+                self._relayed_until_linked.add(peer)
 
     def learn_hosts(self, hosts: Iterable[tuple[NodeId, PeerId]]) -> None:
         """Which peer hosts which node; a node never moves within its life, later words win."""
@@ -48,6 +70,7 @@ class PostOffice:
         """Start sending over a new link; it takes the place of an older one to the same peer."""
         box = Outbox(link, self._wake)
         self._boxes[link.peer] = box
+        self._relayed_until_linked.discard(link.peer)
         self._senders[link] = self._tasks.create_task(box.run(), name=f"send to {link.peer}")
 
     def drop_link(self, link: Link) -> None:
@@ -62,7 +85,7 @@ class PostOffice:
     def reaches(self, node: NodeId) -> bool:
         """Whether rows for `node` could be sent now."""
         peer = self._hosts.get(node)
-        return peer == self._me or peer in self._boxes
+        return peer == self._me or self._box(peer)[0] is not None
 
     def to_coordinator(self, message: Message) -> None:
         """Queue a message for the coordinator; dropped when there is none."""
@@ -76,19 +99,31 @@ class PostOffice:
         if peer == self._me:
             self._deliver_here(node, message, payload)
             return True
-        box = self._boxes.get(peer) if peer is not None else None
+        box, relayed = self._box(peer)
         if box is None:
             return False
-        self._send(node, box, to_frame(message, payload), payload.nbytes, urgent)
+        self._send(None if relayed else node, box, to_frame(message, payload), payload.nbytes, urgent)
         return True
 
     def congested(self, node: NodeId) -> bool:
         """Whether prefill rows for that node should wait."""
-        peer = self._hosts.get(node)
-        box = self._boxes.get(peer) if peer is not None else None
-        if self._shaping is not None and self._shaping.congested(node):
+        box, relayed = self._box(self._hosts.get(node))
+        if self._shaping is not None and self._shaping.congested(None if relayed else node):
             return True
         return box is not None and box.congested
+
+    def _box(self, peer: PeerId | None) -> tuple[Outbox | None, bool]:
+        """Where what is for `peer` is posted, and whether the coordinator passes it on."""
+        relayed = peer in self._relayed or peer in self._relayed_until_linked
+        if relayed:
+            return self._relay, True
+        return (None if peer is None else self._boxes.get(peer)), False
+
+    def _open_relay(self) -> None:
+        box = None if self._coordinator is None else self._boxes.get(self._coordinator)
+        if box is not None and self._relay is None:
+            self._relay = Outbox(box.link, self._wake)
+            self._relay_sender = self._tasks.create_task(self._relay.run(), name=f"relay by {self._coordinator}")
 
     def _send(self, node: NodeId | None, box: Outbox, frame: Frame, size_bytes: int, urgent: bool = False) -> None:
         if self._shaping is None:

@@ -93,6 +93,7 @@ class Session:
         self._store: WeightStore | None = None
         self._fetcher = TensorFetcher(link, options.fetch_timeout_s)
         self._neighbours: set[PeerId] = set()
+        self._relayed = False
         self._one_probe = asyncio.Lock()
         self._measured = asyncio.Event()
 
@@ -102,11 +103,10 @@ class Session:
         config = parse_config(raw)
         limits = BatchLimits(message.max_batch_sequences, message.max_batch_tokens, message.prefill_chunk_tokens)
         dtype = parse_dtype(message.dtype)
-        model = ModelSetup(message.model_name, message.fingerprint, config, dtype, message.max_context_tokens, limits)
+        fingerprint = f"{message.fingerprint}-{message.weights}" if message.weights else message.fingerprint
+        model = ModelSetup(message.model_name, fingerprint, config, dtype, message.max_context_tokens, limits)
         cache = self._options.cache_dir
-        self._store = self._backend.weights(
-            config, self._fetcher.fetch, None if cache is None else cache / message.fingerprint
-        )
+        self._store = self._backend.weights(config, self._fetcher.fetch, None if cache is None else cache / fingerprint)
         measured = None if self._options.state_dir is None else self._options.state_dir / "layer-times.json"
         for host in self._hosts.values():
             await host.prepare(model, self._post, self._lasting)
@@ -155,8 +155,11 @@ class Session:
                 node.on_close(message)
 
     def on_activations(self, link: Link, message: m.Activations, payload: memoryview | None) -> str | None:
-        """Rows from another worker. Returns what is wrong with the frame or its sender, None if it is sound."""
-        if link.peer not in self._neighbours:
+        """Rows from another worker, or from one that the coordinator relays.
+
+        Returns what is wrong with the frame or its sender, None if it is sound.
+        """
+        if link.peer not in self._neighbours and not (self._relayed and link is self.link):
             return f"{link.peer} is no neighbour in any live epoch"
         node = self._runtime_of(message.node)
         return None if node is None else node.on_activations(message, payload)
@@ -176,6 +179,10 @@ class Session:
         epoch = Epoch(push.epoch)
         self._post.learn_hosts((NodeId(a.node), PeerId(a.peer)) for a in push.assignments)
         self._neighbours.update(PeerId(address.peer) for address in push.peers)
+        for address in push.peers:
+            if address.relay:
+                self._relayed = True
+                self._post.relay(PeerId(address.peer), True)
         linked = asyncio.Event()
         # A plan made for an earlier life of this worker may come before the nodes of this one are there.
         await self._measured.wait()
@@ -187,6 +194,9 @@ class Session:
             for address in push.peers:
                 if address.dial and PeerId(address.peer) not in self._network.links:
                     dials.create_task(self._dial(address), name=f"dial {address.peer}")
+        for address in push.peers:
+            if not address.relay:
+                self._post.relay(PeerId(address.peer), False)
         linked.set()
 
     async def _load(self, epoch: Epoch, assignment: m.Assignment, host: NodeHost, linked: asyncio.Event) -> None:

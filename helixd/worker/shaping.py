@@ -32,7 +32,7 @@ class Shaping(Protocol):
         """Call `handle` once a message of that size has crossed the link from the coordinator."""
         ...
 
-    def congested(self, node: NodeId) -> bool:
+    def congested(self, node: NodeId | None) -> bool:
         """Whether more waits for the link to `node` than should."""
         ...
 

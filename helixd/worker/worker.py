@@ -20,9 +20,10 @@ import helixd
 from helixd import logs
 from helixd.errors import JoinRefused, PeerLost
 from helixd.ids import NodeId
+from helixd.model.digests import WeightDigests
 from helixd.protocol import messages as m
 from helixd.protocol.codec import ProtocolError, from_frame, to_frame
-from helixd.protocol.messages import PROTOCOL_VERSION
+from helixd.protocol.messages import OLDEST_VERSION, PROTOCOL_VERSION
 from helixd.wire.link import Frame, Link
 from helixd.wire.peers import PeerNetwork
 from helixd.worker.backend import Backend, NodeSetup
@@ -41,12 +42,16 @@ Connect = Callable[[], Awaitable[Link]]
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
-    """Settings of a worker. `name`: for people. `local_fingerprint`: of the local checkpoint, "" without one."""
+    """Settings of a worker. `name`: for people. `local_fingerprint`: of the local checkpoint, "" without one.
+
+    `local_digests`: those of its weights, once they are computed; None: they are not compared.
+    """
 
     name: str = ""
     advertise: str = ""
     port: int = 0
     local_fingerprint: str = ""
+    local_digests: Callable[[], Awaitable[WeightDigests]] | None = None
     state_dir: Path | None = None
     cache_dir: Path | None = None
     dial_timeout_s: float = 5.0
@@ -187,11 +192,12 @@ class Worker:
 
     async def _join(self) -> tuple[Link, m.Welcome, Frame]:
         options = self._options
+        digests = None if options.local_digests is None else (await options.local_digests()).packed()
         link = await self._connect()
         self._coordinator = link
         self._answer = asyncio.get_running_loop().create_future()
         try:
-            await link.send(to_frame(self._hello()))
+            await link.send(to_frame(self._hello(), None if digests is None else memoryview(digests)))
             async with asyncio.timeout(options.welcome_timeout_s):
                 message, frame = await self._answer
         except TimeoutError:
@@ -259,6 +265,7 @@ class Worker:
         return m.Hello(
             PROTOCOL_VERSION, nodes, self._options.local_fingerprint, self._options.advertise, self._options.port,
             software, models.pop() if models else "", held, self._options.name,
+            OLDEST_VERSION,
         )  # fmt: skip
 
     def _deliver_here(self, node: NodeId, message: m.Activations, payload: memoryview) -> None:

@@ -124,6 +124,19 @@ def test_a_life_under_a_service_manager(made: Daemons, manager: Manager, tmp_pat
     assert status_of(made, "sesame", n=2) == 400
     assert status_of(made, "sesame", prompt="x" * 2048) == 413
 
+    # Asked what goes on, it tells of its tasks and queues, not of what was said.
+    running.signal(signal.SIGUSR1)
+    deadline = time.monotonic() + 30
+    while " snapshot " not in running.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    [line] = [line for line in running.text.splitlines() if " snapshot " in line]
+    for word in ("tasks=", "replanner", "requests_running=0", "requests_waiting=0", "queues=", "loop_lag_s="):
+        assert word in line
+    asked = urllib.request.Request(f"http://{made.api}/metrics", headers={"Authorization": "Bearer sesame"})
+    with urllib.request.urlopen(asked, timeout=30) as answer:
+        assert b"\nhelixd_loop_lag_seconds " in answer.read()
+
     # Files that cannot be used change nothing: no TOML, a bad value and an unknown key, keys that are open to all.
     refused = 0
     for text, mode, why in [

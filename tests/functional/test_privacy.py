@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import re
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -138,3 +140,28 @@ def test_a_word_of_a_client_is_in_no_log_figure_argument_or_file(made: Daemons, 
     assert "request_failed" not in daemon.text
     for where, text_seen in seen.items():
         assert MARK not in text_seen, where
+
+
+def test_a_crash_in_the_middle_of_an_answer_leaves_stacks_and_no_word_of_a_client(
+    made: Daemons, tmp_path: Path
+) -> None:
+    keys, secret = private(tmp_path / "keys", KEY), private(tmp_path / "secret", SECRET)
+    resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
+    daemon = made.alone("demo", "--set", f"api.keys_file={keys}", "--secret-file", str(secret))
+    made.wait_ready()
+    body = {"model": "demo", "prompt": f"def {MARK}():", "max_tokens": 500, "stream": True, "ignore_eos": True}
+    data = json.dumps(body).encode()
+    with socket.create_connection(address(made.api), 10) as client:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        client.sendall(head.encode() + data)
+        assert b"200 OK" in client.recv(4096)
+        limits = Path(f"/proc/{daemon.process.pid}/limits").read_text()
+        assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
+        daemon.signal(signal.SIGABRT)
+        assert daemon.wait_exit() == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in daemon.text
+    assert "most recent call first" in daemon.text
+    for path in made.home.rglob("*"):
+        if path.is_file():
+            assert MARK.encode() not in path.read_bytes(), path

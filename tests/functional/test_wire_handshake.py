@@ -246,6 +246,8 @@ HELLO = new_hello(identity("near"), Purpose.CONTROL, TOKEN)
         (dataclasses.replace(HELLO, identity=identity("far")).encode(), CloseCode.AUTH_REJECTED, "secret"),
         (dataclasses.replace(HELLO, purpose=Purpose.BULK).encode(), CloseCode.AUTH_REJECTED, "secret"),
     ],
+    # A hello is random: processes that share the suite must agree on the tests' names.
+    ids=["empty", "noise", "long", "text", "cut", "more", "newer", "older", "another", "purpose"],
 )
 async def test_a_listener_answers_strangers_with_a_code(message: bytes | str, code: int, words: str) -> None:
     """Those who get as far as a proof do not know the secret; what they claim to be is not looked at before."""

@@ -9,8 +9,8 @@ from aiohttp import web
 
 from helixd.ids import Incarnation, PeerId
 from helixd.wire.channel import PeerClientWebSocket
-from helixd.wire.endpoint import PEER_PATH
 from helixd.wire.handshake import DialerHandshake, ListenerHandshake, Purpose, new_hello
+from helixd.wire.meeting import PEER_PATH
 from helixd.wire.options import WireOptions
 from helixd.wire.peers import PeerIdentity
 from helixd.wire.setup import own_grant

@@ -141,3 +141,9 @@ def test_paths_start_from_the_base_unless_absolute() -> None:
 def test_what_is_no_layer_range_is_refused(wrong: object) -> None:
     with pytest.raises(ValueError, match=r"expected|must satisfy"):
         kinds.LAYER_RANGE.parse(wrong, BASE)
+
+
+@pytest.mark.parametrize("kind", [kinds.PATH, kinds.OPTIONAL_PATH, kinds.MODEL])
+def test_no_system_has_a_path_with_a_null_character(kind: kinds.Kind[object]) -> None:
+    with pytest.raises(ValueError, match="null character"):
+        kind.parse("keys\0.txt", BASE)

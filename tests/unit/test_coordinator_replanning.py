@@ -9,8 +9,9 @@ import pytest
 
 from helixd.coordinator import replanning
 from helixd.coordinator.planning import ModelSizes, PlanningOptions
+from helixd.coordinator.relay import Pair
 from helixd.coordinator.replanning import Replanner, ReplanOptions
-from helixd.ids import NodeId
+from helixd.ids import NodeId, PeerId
 from helixd.layers import LayerRange
 from helixd.plan.plan import Infeasible, Plan
 from helixd.solver.process import PlannerFailed
@@ -34,7 +35,7 @@ class World:
         self.asked: list[Any] = []
         self.pipeline = True
         nodes = {NodeId(name): SimpleNamespace(id=NodeId(name), measured=object()) for name in ("a", "b")}
-        fleet: Any = SimpleNamespace(nodes=nodes, ready_nodes=lambda: iter(nodes.values()))
+        fleet: Any = SimpleNamespace(nodes=nodes, ready_nodes=lambda: iter(nodes.values()), links={}, peers={})
         admission: Any = SimpleNamespace(something_changed=lambda: None, has_pipeline=lambda: self.pipeline)
         world = self
 
@@ -48,9 +49,9 @@ class World:
             def holding(self) -> dict[NodeId, LayerRange]:
                 return {}
 
-            def push(self, plan: Plan) -> None:
+            def push(self, plan: Plan, relayed: frozenset[Pair] = frozenset()) -> None:
                 world.pushed.append(plan)
-                world.active = SimpleNamespace(plan=plan, states={})
+                world.active = SimpleNamespace(plan=plan, states={}, relayed=relayed)
 
         async def answer(spec: object, planning: object, in_force: object) -> Any:
             self.asked.append(in_force)
@@ -133,3 +134,23 @@ async def test_a_planner_that_fails_or_finds_nothing_leaves_what_is_in_force(mon
         await world.replan()
         assert world.replanner.why_no_plan == str(error)
     assert [found.placement for found in world.pushed] == [HERE]
+
+
+@pytest.mark.parametrize(("apart", "tries"), [(False, 2), (True, 4)])
+async def test_relaying_is_tried_when_nothing_else_connects(
+    apart: bool, tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(monkeypatch)
+    pairs: frozenset[Pair] = frozenset({frozenset((PeerId("a"), PeerId("b")))}) if apart else frozenset()
+    monkeypatch.setattr(replanning, "relayable", lambda fleet: pairs)
+    built: list[Any] = []
+    monkeypatch.setattr(replanning, "build_spec", lambda *a: built.append(a[5]))
+    world.answer = Infeasible("nothing connects them")
+    await world.replan()
+    assert built == [(), (), pairs, pairs][:tries]
+    assert world.replanner.why_no_plan == "nothing connects them"
+    built.clear()
+    world.answer = (plan(HERE, 100, 10), None)
+    await world.replan()
+    assert built == [()], "what connects without is taken"
+    assert world.active.relayed == frozenset()

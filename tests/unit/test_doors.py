@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2] / "helixd"
 
 # What a room may import of the house, besides itself and the shared words (ids, layers, errors, sampling, logs, tls).
-SHARED = {"ids", "layers", "errors", "sampling", "logs", "tls"}
+SHARED = {"ids", "layers", "errors", "sampling", "logs", "tls", "files"}
 MAY = {
     "model": set(),
     "plan": set(),

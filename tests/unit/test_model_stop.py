@@ -1,8 +1,11 @@
+from itertools import combinations
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helixd.model.stop import StopMatcher
+from tests.budget import examples
 
 ALPHABET = "ab\né"
 STOPS = st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=4)
@@ -26,12 +29,24 @@ def streamed(pieces, stops):
     return "".join([*sent, matcher.flush()]), stopped
 
 
+@given(st.text("ab", max_size=8), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+@settings(max_examples=examples(50, 1000), deadline=None)
+def test_all_chunkings_of_a_text_give_the_same(text, stops):
+    wanted = whole(text, stops)
+    for count in range(len(text) + 1):
+        for cuts in combinations(range(len(text) + 1), count):
+            pieces = [text[a:b] for a, b in zip((0, *cuts), (*cuts, len(text)), strict=True)]
+            assert streamed(pieces, stops) == wanted
+
+
 @given(st.lists(st.text(ALPHABET, max_size=6), max_size=12), STOPS)
+@settings(max_examples=examples(200, 20_000), deadline=None)
 def test_every_chunking_gives_what_the_whole_text_gives(pieces, stops):
     assert streamed(pieces, stops) == whole("".join(pieces), stops)
 
 
 @given(st.lists(st.text(ALPHABET, max_size=6), max_size=12), STOPS)
+@settings(max_examples=examples(100, 20_000), deadline=None)
 def test_only_what_a_stop_may_continue_is_held_back(pieces, stops):
     matcher = StopMatcher(stops)
     seen = sent = ""

@@ -50,3 +50,12 @@ def test_what_is_named_exists(name: str) -> None:
     for toml in re.findall(r"^```toml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         for table, values in tomllib.loads(toml).items():
             assert {f"{table}.{key}" for key in values} <= sections
+
+
+def test_every_fault_names_tests_that_exist() -> None:
+    rows = [line.split("|")[1:-1] for line in (ROOT / "docs" / "faults.md").read_text().splitlines() if "| `" in line]
+    assert len(rows) > 30
+    for fault, _, _, tests in rows:
+        files = re.findall(r"`(\w+/test_\w+\.py)`", tests)
+        assert files, fault
+        assert [file for file in files if not (ROOT / "tests" / file).exists()] == [], fault

@@ -55,8 +55,8 @@ def test_plans_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 def test_flags_in_the_text_exist() -> None:
     parsers = (build_parser(), build_plan_parser())
     flags = {option for parser in parsers for action in parser._actions for option in action.option_strings}
-    for script in ("quickstart", "bench_serve.py"):
-        flags |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / "scripts" / script).read_text(encoding="utf-8")))
+    for file in ("scripts/quickstart", "scripts/bench_serve.py", "tests/conftest.py"):
+        flags |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / file).read_text(encoding="utf-8")))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT))
     assert len(named) > 8
     assert named <= flags

@@ -49,10 +49,13 @@ def test_a_full_disk_costs_the_memory_only(
         raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(os, "fsync", full)
+    state.remember_epoch(Epoch(6))
     state.remember_epoch(Epoch(7))
     state.close()
     assert state.epoch == 7
-    assert "epoch_not_kept" in caplog.text
+    assert state.write_errors == 2
+    assert caplog.text.count("epoch_not_kept") == 1
+    assert list(tmp_path.glob("*.partial")) == []
 
 
 def test_a_configured_id_wins(tmp_path: Path) -> None:

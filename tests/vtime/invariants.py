@@ -101,6 +101,8 @@ def _wait_for_steadiness(world: World) -> None:
                 return f"epoch {c.epochs.coming.epoch} comes for ever: {c.epochs.coming.states}"
             if not c.readiness().ready:
                 return f"not ready: {c.readiness()}"
+            if c.epochs.active is not None and c.epochs.active.relayed:
+                return f"relayed for ever: {c.epochs.active.relayed}"
             if unready := c.epochs.unready_nodes() & nodes:
                 return f"nodes of epoch {c.epochs.active and c.epochs.active.epoch} are not ready: {sorted(unready)}"
         return ""

@@ -1,5 +1,7 @@
 """Hypothesis breaks clusters in virtual time: whatever happens, they come right again."""
 
+import hypothesis
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
@@ -9,13 +11,17 @@ from tests.vtime.machine import ClusterMachine
 CI_SEQUENCES = 300
 LONG_SEQUENCES = 2000
 STEPS = 20
+# Parts with seeds of their own, so that two processes can share them.
+PARTS = 4
 
 
-def test_a_cluster_comes_right_again_whatever_happens_to_it() -> None:
+@pytest.mark.parametrize("part", [pytest.param(n, marks=pytest.mark.xdist_group(f"machine{n}")) for n in range(PARTS)])
+def test_a_cluster_comes_right_again_whatever_happens_to_it(part: int) -> None:
+    machine = type(f"Part{part}", (ClusterMachine,), {})
     run_state_machine_as_test(
-        ClusterMachine,
+        machine if LONG else hypothesis.seed(part)(machine),
         settings=settings(
-            max_examples=examples(CI_SEQUENCES, LONG_SEQUENCES),
+            max_examples=examples(CI_SEQUENCES, LONG_SEQUENCES) // PARTS,
             stateful_step_count=STEPS,
             deadline=None,
             derandomize=not LONG,
