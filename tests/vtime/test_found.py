@@ -5,7 +5,8 @@ from dataclasses import replace
 from helixd.ids import Epoch, NodeId
 from helixd.layers import LayerRange
 from helixd.plan.plan import Plan
-from helixd.protocol.messages import Activations, EpochState, Part
+from helixd.protocol.messages import Activations, EpochState, Hello, Part
+from helixd.wire.memory_link import MemoryLink
 from tests.vtime.invariants import leaks, settle
 from tests.vtime.model import ROW_BYTES, NoWeights
 from tests.vtime.planner import plan_of
@@ -235,4 +236,24 @@ def test_a_plan_that_is_overtaken_while_it_loads_makes_room_for_the_next_one():
             # No more fit.
             assert all(len(host.engine.loaded) <= 3 for host in hosts)
         assert w.coordinator.epochs.active.plan.placement != first.placement
+        settle(w)
+
+
+def test_a_session_that_ends_as_soon_as_it_begins_is_not_begun_again_without_a_pause():
+    with world(1) as w:
+        w.start_worker("w0")
+        w.advance(3)
+        desk, joins = w.coordinator.desk, []
+        welcome = desk._on_hello
+
+        def welcome_and_hang_up(link: MemoryLink, hello: Hello, digests: bytes) -> None:
+            welcome(link, hello, digests)
+            joins.append(w.loop.time())
+            w.loop.call_later(0.01, link.kill)
+
+        desk._on_hello = welcome_and_hang_up
+        w.reset_link("w0", "hub")
+        w.advance(30)
+        assert 5 <= len(joins) < 25
+        desk._on_hello = welcome
         settle(w)
