@@ -191,6 +191,15 @@ class NodeRuntime:
     # -- what others see ---------------------------------------------------------------------------------------------
 
     @property
+    def limits(self) -> BatchLimits:
+        """What a step may hold; the next one goes by it."""
+        return self._batcher.limits
+
+    @limits.setter
+    def limits(self, limits: BatchLimits) -> None:
+        self._batcher.limits = limits
+
+    @property
     def open_sequences(self) -> int:
         """Attempts that are open here."""
         return len(self._book)
