@@ -250,5 +250,7 @@ def running(seed: int) -> Iterator[VirtualLoop]:
     try:
         yield loop
     finally:
-        loop.close()
-        time.monotonic = real
+        try:
+            loop.close()
+        finally:
+            time.monotonic = real
