@@ -4,9 +4,11 @@ Files in the state directory, looked for all the time, switch them on:
 
 - `hang`: the device does not come back from a step. The event loop and its links live.
 - `busy`: a thread computes and lets go of the interpreter only when it is made to.
-- `clock`: its content, in seconds, is how far the wall clock is ahead. Steps of the clock are changes of it.
+- `clock`: its content, in seconds, is how far the wall clock is ahead. Steps of the clock are changes of it;
+  `clock.seen` says which is in force.
 """
 
+import contextlib
 import datetime
 import sys
 import threading
@@ -30,10 +32,11 @@ class WrongDatetime(datetime.datetime):
 def watch_clock() -> None:
     global _ahead_s
     while True:
-        try:
-            _ahead_s = float((STATE / "clock").read_text() or 0.0)
-        except (OSError, ValueError):
-            _ahead_s = 0.0
+        with contextlib.suppress(OSError, ValueError):
+            ahead_s = float((STATE / "clock").read_text())
+            if ahead_s != _ahead_s:
+                _ahead_s = ahead_s
+                (STATE / "clock.seen").write_text(str(ahead_s))
         time.sleep(LOOK_S)
 
 
