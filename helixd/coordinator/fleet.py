@@ -5,6 +5,7 @@ A node's facts are what it said and what was measured; nothing is invented where
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from helixd.ids import Incarnation, NodeId, PeerId
 from helixd.protocol.messages import Hello, Measured, NodeHardware, NodeStatus
@@ -27,9 +28,22 @@ class Peer:
     nodes: list[NodeId] = field(default_factory=list)
 
 
+class Slowdown(NamedTuple):
+    """How many times longer than measured a node's layers are taken to take."""
+
+    prefill: float = 1.0
+    decode: float = 1.0
+
+
+AS_MEASURED = Slowdown()
+
+
 @dataclass(slots=True)
 class Node:
-    """A device of a peer. `problem`: why it could not load lately; `failures`: how often it could not."""
+    """A device of a peer. `problem`: why it could not load lately; `failures`: how often it could not.
+
+    `slowdown` is what is planned with.
+    """
 
     id: NodeId
     peer: PeerId
@@ -38,6 +52,7 @@ class Node:
     status: NodeStatus | None = None
     problem: str = ""
     failures: int = 0
+    slowdown: Slowdown = AS_MEASURED
 
 
 @dataclass(frozen=True, slots=True)
