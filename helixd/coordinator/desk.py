@@ -13,8 +13,9 @@ import msgspec
 
 from helixd import __version__, logs
 from helixd.coordinator.admission import Admission
+from helixd.coordinator.drifting import DriftWatch
 from helixd.coordinator.epochs import Epochs
-from helixd.coordinator.fleet import Fleet, Peer
+from helixd.coordinator.fleet import AS_MEASURED, Fleet, Peer
 from helixd.coordinator.probing import Prober
 from helixd.coordinator.relay import Relay
 from helixd.coordinator.replanning import Replanner
@@ -41,7 +42,8 @@ class WorkerDesk:
 
     def __init__(
         self, fleet: Fleet, admission: Admission, epochs: Epochs, replanner: Replanner, prober: Prober,
-        weights: WeightServer, check: WeightCheck, relay: Relay, greeting: Greeting, tasks: asyncio.TaskGroup,
+        weights: WeightServer, check: WeightCheck, relay: Relay, drift: DriftWatch, greeting: Greeting,
+        tasks: asyncio.TaskGroup,
     ) -> None:  # fmt: skip
         self.failovers = 0
         self.closing = False
@@ -53,6 +55,7 @@ class WorkerDesk:
         self._weights = weights
         self._check = check
         self._relay = relay
+        self._drift = drift
         self._greeting = greeting
         self._tasks = tasks
         self._senders: dict[Link, asyncio.Task[None]] = {}
@@ -64,6 +67,9 @@ class WorkerDesk:
     def on_lost(self, link: Link, reason: str) -> None:
         """A worker's link closed: what it held is gone, its sequences move."""
         self._stop_sending(link)
+        known = self._fleet.peers.get(link.peer)
+        if known is not None and known.link is link:
+            self._drift.on_peer_lost(known.id, [self._fleet.nodes[node] for node in known.nodes])
         peer = self._fleet.remove(link.peer, link)
         if peer is None:
             return
@@ -199,7 +205,8 @@ class WorkerDesk:
         return None
 
     def _on_measured(self, peer: Peer, message: m.Measured) -> None:
-        self._fleet.nodes[NodeId(message.node)].measured = message
+        node = self._fleet.nodes[NodeId(message.node)]
+        node.measured, node.slowdown = message, AS_MEASURED
         if all(self._fleet.nodes[n].measured is not None for n in peer.nodes):
             self._epochs.welcome_back(peer.nodes)
             self._prober.pump()
@@ -212,6 +219,7 @@ class WorkerDesk:
             self._admission.something_changed()
         if status.kv_capacity_token_layers:
             self._admission.ledger.set_capacity(node.id, status.kv_capacity_token_layers)
+        self._drift.on_status(node, status, time.monotonic())
 
     def step_took_too_long(self, lease: Lease, waited_s: float) -> None:
         """A sequence gives up its route since no token came: it, and others, keep off the device that hangs."""

@@ -28,6 +28,8 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 Rate = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
 Point = tuple[Annotated[float, msgspec.Meta(gt=0, le=1e9)], Annotated[float, msgspec.Meta(gt=0, le=1e9)]]
 Points = Annotated[list[Point], msgspec.Meta(min_length=1, max_length=256)]
+Slowdown = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+"""Times of steps over those measured before any placement; 0: not known."""
 NodeState = Literal["loading", "ready", "failed"]
 
 
@@ -312,8 +314,22 @@ class LinkLost(Message, frozen=True):
     reason: Text
 
 
+class PathSeen(msgspec.Struct, frozen=True, array_like=True):
+    """What the data link to another worker is like at work; 0: not seen lately.
+
+    `goodput_bytes_per_s` is known only where rows wait for the link.
+    """
+
+    peer: Name
+    rtt_s: Seconds
+    goodput_bytes_per_s: Rate
+
+
 class NodeStatus(Message, frozen=True):
-    """Worker -> coordinator, every second: how a node is doing."""
+    """Worker -> coordinator, every second: how a node is doing.
+
+    `paths` are the worker's, told with the first of its nodes.
+    """
 
     KIND: ClassVar[int] = 19
     node: Name
@@ -328,6 +344,9 @@ class NodeStatus(Message, frozen=True):
     loop_lag_s: Seconds
     resident_bytes: Count
     weight_bytes_loaded: Count
+    prefill_slowdown: Slowdown = 0.0
+    decode_slowdown: Slowdown = 0.0
+    paths: Annotated[list[PathSeen], msgspec.Meta(max_length=1024)] = []
 
 
 class Fetch(Message, frozen=True):

@@ -31,6 +31,7 @@ from helixd.protocol.messages import (
 )
 from helixd.worker.backend import StageCompute
 from helixd.worker.batcher import Batcher, BatchLimits, Pass
+from helixd.worker.gauge import Expected, Slowdown, SpeedGauge
 from helixd.worker.inbox import Early, LocalSequence, SequenceBook
 from helixd.worker.pace import StepPace
 from helixd.worker.steps import DrawnToken, ScoredPass, Step, StepOutcome
@@ -68,6 +69,7 @@ class NodeRuntime:
         self.compute = compute
         self.incarnation = Incarnation(0)
         self.steps_done = 0
+        self.gauge: SpeedGauge | None = None
         self._post = post
         self._batcher = Batcher(limits)
         self._book = SequenceBook()
@@ -219,6 +221,10 @@ class NodeRuntime:
         starts = [at for at in (self._batcher.oldest_arrival_s(), self._pace.started_s) if at is not None]
         return self._now() - min(starts) if starts else 0.0
 
+    def slowdown(self) -> Slowdown:
+        """How much slower than measured the device is lately."""
+        return Slowdown(None, None) if self.gauge is None else self.gauge.slowdown(self._now())
+
     def overdue(self, limit_s: float) -> float | None:
         """The age of a step that takes longer than any that ends, in seconds; None while all is well."""
         return self._pace.overdue(self._now(), limit_s)
@@ -232,7 +238,7 @@ class NodeRuntime:
     async def run(self) -> None:
         """Compute what comes until cancelled."""
         while True:
-            step, closed = self._next_step()
+            step, closed, expected = self._next_step()
             if step is None:
                 self._work.clear()
                 await self._work.wait()
@@ -241,17 +247,19 @@ class NodeRuntime:
             outcome = await self.thread.run(self.compute.run, step)
             self._pace.end(self._now())
             self.steps_done += 1
+            if self.gauge is not None and expected is not None and not (outcome.failed or outcome.out_of_kv):
+                self.gauge.took(expected, outcome.layers_s, self._now())
             self._stepped.set()
             for local in closed:
                 self._post.to_coordinator(Closed(local.sequence, local.attempt, self.node))
             self._deliver(outcome)
             self.tidy()
 
-    def _next_step(self) -> tuple[Step | None, list[LocalSequence]]:
+    def _next_step(self) -> tuple[Step | None, list[LocalSequence], Expected | None]:
         closing, opens = self._closes, tuple(self._opens)
         batch = self._batcher.next_batch(self._held_back)
         if not (closing or opens or batch):
-            return None, []
+            return None, [], None
         self._closes, self._opens = [], []
         locals_ = [self._book.by_handle(item.handle) for item in batch]
         passes = tuple(
@@ -259,7 +267,9 @@ class NodeRuntime:
         )  # fmt: skip
         groups = tuple((local and local.next_node) or "" for local in locals_)
         step = Step(tuple(handle for handle, _ in closing), opens, passes, groups)
-        return step, [local for _, local in closing]
+        work = [(local.layers, item.n) for item, local in zip(batch, locals_, strict=True) if local is not None]
+        expected = self.gauge.expected(work) if self.gauge is not None and batch else None
+        return step, [local for _, local in closing], expected
 
     def _held_back(self, handle: SequenceId) -> bool:
         local = self._book.by_handle(handle)

@@ -23,6 +23,7 @@ from helixd.wire.peers import PeerNetwork
 from helixd.worker.backend import Backend, ModelSetup, WeightStore
 from helixd.worker.batcher import BatchLimits
 from helixd.worker.fetch import TensorFetcher
+from helixd.worker.gauge import SpeedGauge
 from helixd.worker.host import NodeHost
 from helixd.worker.node import NodeRuntime
 from helixd.worker.post import PostOffice
@@ -113,6 +114,7 @@ class Session:
             assert host.runtime is not None
             host.runtime.incarnation = self.link.incarnation
             times = await host.measure(measured)
+            host.runtime.gauge = SpeedGauge(times)
             self._post.to_coordinator(
                 m.Measured(
                     host.setup.node, list(times.prompt_layer_time_s), list(times.decode_layer_time_s)

@@ -37,6 +37,7 @@ class BookEngine:
         self.batches: list[list[StageWork]] = []
         self.full: set[int] = set()  # lengths at which there is no room
         self.kv_used_token_layers = self.kv_capacity_token_layers = 0
+        self.layers_s = 0.0
         self._last_layer = last_layer
 
     def open(self, spec: SequenceSpec) -> None:

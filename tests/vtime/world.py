@@ -121,6 +121,7 @@ class World:
         self.highest_active = Epoch(0)
         self.clients = Clients(self)
         self.weights_loaded: dict[str, int] = {}
+        self.slowdown: dict[str, float] = {}
         self._lives = 0
         self._config = decoder(NUM_LAYERS)
         self._sizes = ModelSizes.of(self._config, "float32")
@@ -147,7 +148,7 @@ class World:
 
         setups = [self._setup(node, layers) for node, layers in MACHINES[name]]
         options = WorkerOptions(advertise=name, port=PORT, status_interval_s=2.0)
-        backend = HashBackend(self.loop, self.complain)
+        backend = HashBackend(self.loop, self.complain, self.slowdown)
         worker = process.context().run(Worker, endpoint, connect, setups, options, backend)
         parts.append(worker)
 
@@ -209,6 +210,11 @@ class World:
             self._did(f"cont {name}")
             self.workers[name].process.cont()
             self._apply_cuts()
+
+    def slow(self, node: str, factor: float) -> None:
+        """The node takes so many times longer than it was measured to."""
+        self._did(f"slow {node} {factor}", disturbs=False)
+        self.slowdown[node] = factor
 
     # -- the network -------------------------------------------------------------------------------------------------
 
