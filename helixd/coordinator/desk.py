@@ -7,6 +7,7 @@ and the prober. Decides nothing about plans or routes itself.
 import asyncio
 import logging
 from collections.abc import Callable
+from itertools import pairwise
 
 import msgspec
 
@@ -102,9 +103,7 @@ class WorkerDesk:
             case m.Activations():
                 await self._relay.carry(peer, message, frame)
             case m.Scores():
-                scores = tuple(TokenLogprobs(lp, tuple(top)) for lp, top in message.scores)
-                if (run := self._admission.holder(SequenceId(message.sequence))) is not None:
-                    run.deliver(ScoresArrived(Attempt(message.attempt), message.start, scores))
+                self._on_scores(peer, message)
             case m.StageFailed():
                 self._on_stage_failed(message)
             case m.Closed():
@@ -133,8 +132,9 @@ class WorkerDesk:
                 raise ProtocolError(f"a worker must not send {type(message).__name__}")
 
     def _on_hello(self, link: Link, hello: m.Hello, digests: bytes) -> None:
+        if link in self._senders:
+            raise ProtocolError(f"{link.peer} said hello twice; what it offers is known once and for all")
         outbox = Outbox(link, lambda: None)
-        self._stop_sending(link)
         self._senders[link] = self._tasks.create_task(outbox.run(), name=f"send to {link.peer}")
         wrong = self._why_not(hello, digests)
         old = self._fleet.peers.get(link.peer)
@@ -198,6 +198,9 @@ class WorkerDesk:
         return None
 
     def _on_measured(self, peer: Peer, message: m.Measured) -> None:
+        for points in (message.prompt_layer_time_s, message.decode_layer_time_s):
+            if any(high[0] <= low[0] for low, high in pairwise(points)):
+                raise ProtocolError(f"{peer.id} measured {message.node} at batch sizes that do not rise")
         self._fleet.nodes[NodeId(message.node)].measured = message
         if all(self._fleet.nodes[n].measured is not None for n in peer.nodes):
             self._epochs.welcome_back(peer.nodes)
@@ -215,6 +218,12 @@ class WorkerDesk:
         if run is not None and run.lease is not None and run.lease.route.hops[-1].node == node:
             logprobs = None if drawn.logprob is None else TokenLogprobs(drawn.logprob, tuple(drawn.top))
             run.deliver(TokenArrived(Attempt(drawn.attempt), drawn.step, drawn.token, logprobs))
+
+    def _on_scores(self, peer: Peer, message: m.Scores) -> None:
+        run = self._admission.holder(SequenceId(message.sequence))
+        if run is not None and run.lease is not None and run.lease.route.hops[-1].node in peer.nodes:
+            scores = tuple(TokenLogprobs(lp, tuple(top)) for lp, top in message.scores)
+            run.deliver(ScoresArrived(Attempt(message.attempt), message.start, scores))
 
     def _on_stage_failed(self, message: m.StageFailed) -> None:
         run = self._admission.holder(SequenceId(message.sequence))

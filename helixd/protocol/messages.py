@@ -26,7 +26,8 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 # The bounds also keep out NaN and infinity, with which nothing can be planned.
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 Rate = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
-Point = tuple[Annotated[float, msgspec.Meta(gt=0, le=1e9)], Annotated[float, msgspec.Meta(gt=0, le=1e9)]]
+# Nor can a plan be made with numbers that only look like measurements: their ratios overflow.
+Point = tuple[Annotated[float, msgspec.Meta(ge=1e-3, le=1e9)], Annotated[float, msgspec.Meta(ge=1e-12, le=1e6)]]
 Points = Annotated[list[Point], msgspec.Meta(min_length=1, max_length=256)]
 NodeState = Literal["loading", "ready", "failed"]
 
@@ -106,7 +107,10 @@ class Refused(Message, frozen=True):
 
 
 class Measured(Message, frozen=True):
-    """Worker -> coordinator: what a node's device does. Points are `(tokens, s)` per layer, decode counts sequences."""
+    """Worker -> coordinator: what a node's device does. Points are `(tokens, s)` per layer, decode counts sequences.
+
+    Their batch sizes rise.
+    """
 
     KIND: ClassVar[int] = 4
     node: Name
