@@ -148,7 +148,7 @@ class WorkerDesk:
                 wrong = m.Refused("node_id", f"node ids already taken by another worker: {', '.join(taken)}", True)
         if wrong is not None:
             logs.event(log, logging.WARNING, "worker_refused", worker=link.peer, code=wrong.code, reason=wrong.message)
-            outbox.post(to_frame(wrong))
+            outbox.post(to_frame(msgspec.structs.replace(wrong, message=m.brief(wrong.message))))
             return
         logs.event(
             log, logging.INFO, "worker_joined", worker=link.peer, name=hello.name, host=link.remote_host,
@@ -193,7 +193,7 @@ class WorkerDesk:
         names = [hardware.node for hardware in hello.nodes]
         if len(set(names)) < len(names) or COORDINATOR in names or "" in names:
             return m.Refused(
-                "node_id", f"node ids must differ, and be neither empty nor {COORDINATOR!r}: {names}"[:1000], True
+                "node_id", f"node ids must differ, and be neither empty nor {COORDINATOR!r}: {names}", True
             )  # fmt: skip
         return None
 

@@ -32,6 +32,14 @@ Points = Annotated[list[Point], msgspec.Meta(min_length=1, max_length=256)]
 NodeState = Literal["loading", "ready", "failed"]
 
 
+_TEXT_BYTES = 1000
+
+
+def brief(text: str) -> str:
+    """As much of `text` as a `Text` carries, on the wire too, where bytes count; what is no Unicode becomes `?`."""
+    return text.encode(errors="replace")[:_TEXT_BYTES].decode(errors="ignore")
+
+
 class Message(msgspec.Struct, frozen=True, array_like=True):
     """Base of all messages."""
 
@@ -139,7 +147,10 @@ class Probed(Message, frozen=True):
 
 
 class Assignment(msgspec.Struct, frozen=True, array_like=True):
-    """What one node holds in an epoch. `next_hops` are its schedule: `(node, tokens/s)`, "" for the coordinator."""
+    """What one node holds in an epoch.
+
+    `next_hops` are its schedule: `(node, tokens/s)`, "" for the coordinator. Only the node's own worker is told them.
+    """
 
     node: Name
     peer: Name
