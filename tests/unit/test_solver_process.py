@@ -22,6 +22,8 @@ from helixd.solver.job import AnyAnswer, Doing, Failed, Found, Job
 from helixd.solver.process import COMMAND, PlannerFailed, solve
 from tests.unit.plan_worlds import cluster, equal_nodes, node
 
+ROOT = Path(__file__).parents[2]
+
 
 def spec(num_layers: int = 8) -> ClusterSpec:
     return cluster(equal_nodes(3, max_layers=4), num_layers=num_layers)
@@ -35,6 +37,13 @@ def held_already() -> ClusterSpec:
     plain = spec()
     held = {"n0": LayerRange(0, 4), "n1": LayerRange(4, 8)}
     return replace(plain, nodes=tuple(replace(n, current_range=held.get(n.id)) for n in plain.nodes))
+
+
+@pytest.fixture(autouse=True)
+def _cores_stay_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where cores are written at all, that of a process that is made to crash goes where it was started."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
