@@ -8,6 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import msgspec
 
@@ -109,9 +110,7 @@ class WorkerDesk:
             case m.Activations():
                 await self._relay.carry(peer, message, frame)
             case m.Scores():
-                scores = tuple(TokenLogprobs(lp, tuple(top)) for lp, top in message.scores)
-                if (run := self._admission.holder(SequenceId(message.sequence))) is not None:
-                    run.deliver(ScoresArrived(Attempt(message.attempt), message.start, scores))
+                self._on_scores(peer, message)
             case m.StageFailed():
                 self._on_stage_failed(message)
             case m.Closed():
@@ -140,8 +139,9 @@ class WorkerDesk:
                 raise ProtocolError(f"a worker must not send {type(message).__name__}")
 
     def _on_hello(self, link: Link, hello: m.Hello, digests: bytes) -> None:
+        if link in self._senders:
+            raise ProtocolError(f"{link.peer} said hello twice; what it offers is known once and for all")
         outbox = Outbox(link, lambda: None)
-        self._stop_sending(link)
         self._senders[link] = self._tasks.create_task(outbox.run(), name=f"send to {link.peer}")
         wrong = self._why_not(hello, digests)
         old = self._fleet.peers.get(link.peer)
@@ -155,7 +155,7 @@ class WorkerDesk:
                 wrong = m.Refused("node_id", f"node ids already taken by another worker: {', '.join(taken)}", True)
         if wrong is not None:
             logs.event(log, logging.WARNING, "worker_refused", worker=link.peer, code=wrong.code, reason=wrong.message)
-            outbox.post(to_frame(wrong))
+            outbox.post(to_frame(msgspec.structs.replace(wrong, message=m.brief(wrong.message))))
             return
         logs.event(
             log, logging.INFO, "worker_joined", worker=link.peer, name=hello.name, host=link.remote_host,
@@ -200,11 +200,14 @@ class WorkerDesk:
         names = [hardware.node for hardware in hello.nodes]
         if len(set(names)) < len(names) or COORDINATOR in names or "" in names:
             return m.Refused(
-                "node_id", f"node ids must differ, and be neither empty nor {COORDINATOR!r}: {names}"[:1000], True
+                "node_id", f"node ids must differ, and be neither empty nor {COORDINATOR!r}: {names}", True
             )  # fmt: skip
         return None
 
     def _on_measured(self, peer: Peer, message: m.Measured) -> None:
+        for points in (message.prompt_layer_time_s, message.decode_layer_time_s):
+            if any(high[0] <= low[0] for low, high in pairwise(points)):
+                raise ProtocolError(f"{peer.id} measured {message.node} at batch sizes that do not rise")
         node = self._fleet.nodes[NodeId(message.node)]
         node.measured, node.slowdown = message, AS_MEASURED
         if all(self._fleet.nodes[n].measured is not None for n in peer.nodes):
@@ -232,6 +235,12 @@ class WorkerDesk:
         if run is not None and run.lease is not None and run.lease.route.hops[-1].node == node:
             logprobs = None if drawn.logprob is None else TokenLogprobs(drawn.logprob, tuple(drawn.top))
             run.deliver(TokenArrived(Attempt(drawn.attempt), drawn.step, drawn.token, logprobs))
+
+    def _on_scores(self, peer: Peer, message: m.Scores) -> None:
+        run = self._admission.holder(SequenceId(message.sequence))
+        if run is not None and run.lease is not None and run.lease.route.hops[-1].node in peer.nodes:
+            scores = tuple(TokenLogprobs(lp, tuple(top)) for lp, top in message.scores)
+            run.deliver(ScoresArrived(Attempt(message.attempt), message.start, scores))
 
     def _on_stage_failed(self, message: m.StageFailed) -> None:
         run = self._admission.holder(SequenceId(message.sequence))

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from helixd import logs
 from helixd.coordinator.admission import Admission
 from helixd.coordinator.fleet import Fleet
@@ -221,8 +223,13 @@ class Epochs:
             peer.outbox.post(to_frame(EpochRetire(epoch)))
 
     def _send(self, plan: PlanInForce) -> None:
-        assignments = [self._assignment(plan, node, layers) for node, layers in plan.plan.placement.items()]
+        all_of_it = [self._assignment(plan, node, layers) for node, layers in plan.plan.placement.items()]
+        # Others' schedules are none of a worker's business, and all of them together outgrow a message.
+        without_hops = [replace(assignment, next_hops=[]) for assignment in all_of_it]
         for peer in self._fleet.peers.values():
+            assignments = [
+                full if full.peer == peer.id else short for full, short in zip(all_of_it, without_hops, strict=True)
+            ]
             push = EpochPush(plan.epoch, assignments, self._neighbours(plan, peer.id))
             peer.outbox.post(to_frame(push))
 

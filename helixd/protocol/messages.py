@@ -26,11 +26,20 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 # The bounds also keep out NaN and infinity, with which nothing can be planned.
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 Rate = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
-Point = tuple[Annotated[float, msgspec.Meta(gt=0, le=1e9)], Annotated[float, msgspec.Meta(gt=0, le=1e9)]]
+# Nor can a plan be made with numbers that only look like measurements: their ratios overflow.
+Point = tuple[Annotated[float, msgspec.Meta(ge=1e-3, le=1e9)], Annotated[float, msgspec.Meta(ge=1e-12, le=1e6)]]
 Points = Annotated[list[Point], msgspec.Meta(min_length=1, max_length=256)]
 Slowdown = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 """Times of steps over those measured before any placement; 0: not known."""
 NodeState = Literal["loading", "ready", "failed"]
+
+
+_TEXT_BYTES = 1000
+
+
+def brief(text: str) -> str:
+    """As much of `text` as a `Text` carries, on the wire too, where bytes count; what is no Unicode becomes `?`."""
+    return text.encode(errors="replace")[:_TEXT_BYTES].decode(errors="ignore")
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):
@@ -108,7 +117,10 @@ class Refused(Message, frozen=True):
 
 
 class Measured(Message, frozen=True):
-    """Worker -> coordinator: what a node's device does. Points are `(tokens, s)` per layer, decode counts sequences."""
+    """Worker -> coordinator: what a node's device does. Points are `(tokens, s)` per layer, decode counts sequences.
+
+    Their batch sizes rise.
+    """
 
     KIND: ClassVar[int] = 4
     node: Name
@@ -137,7 +149,10 @@ class Probed(Message, frozen=True):
 
 
 class Assignment(msgspec.Struct, frozen=True, array_like=True):
-    """What one node holds in an epoch. `next_hops` are its schedule: `(node, tokens/s)`, "" for the coordinator."""
+    """What one node holds in an epoch.
+
+    `next_hops` are its schedule: `(node, tokens/s)`, "" for the coordinator. Only the node's own worker is told them.
+    """
 
     node: Name
     peer: Name

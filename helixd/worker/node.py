@@ -28,6 +28,7 @@ from helixd.protocol.messages import (
     Scores,
     StageFailed,
     Tokens,
+    brief,
 )
 from helixd.worker.backend import StageCompute
 from helixd.worker.batcher import Batcher, BatchLimits, Pass
@@ -40,6 +41,8 @@ from helixd.worker.threads import ComputeThread
 log = logging.getLogger(__name__)
 
 SCORES_PER_MESSAGE = 128
+TOKENS_PER_MESSAGE = 128
+"""With the most alternatives that may be asked for, so many are two thirds of what a message holds."""
 
 
 class Post(Protocol):
@@ -326,8 +329,8 @@ class NodeRuntime:
                     [] if lp is None else list(lp.top),
                 )
             )
-        if tokens:
-            self._post.to_coordinator(Tokens(self.node, tokens))
+        for at in range(0, len(tokens), TOKENS_PER_MESSAGE):
+            self._post.to_coordinator(Tokens(self.node, tokens[at : at + TOKENS_PER_MESSAGE]))
 
     def _send_scores(self, item: Pass, scores: tuple[object, ...]) -> None:
         local = self._book.by_handle(item.handle)
@@ -383,7 +386,7 @@ class NodeRuntime:
         self._fail(local.sequence, local.attempt, code, message)
 
     def _fail(self, sequence: SequenceId, attempt: Attempt, code: str, message: str) -> None:
-        self._post.to_coordinator(StageFailed(sequence, attempt, self.node, code, message[:1000]))
+        self._post.to_coordinator(StageFailed(sequence, attempt, self.node, code, brief(message)))
 
     def _now(self) -> float:
         return time.monotonic()

@@ -169,7 +169,7 @@ class Session:
     def on_link_lost(self, link: Link, reason: str) -> None:
         """A data link closed: tell the coordinator, fail what was to go over it."""
         if link.peer in self._neighbours:
-            self._post.to_coordinator(m.LinkLost(link.peer, reason[:1000]))
+            self._post.to_coordinator(m.LinkLost(link.peer, m.brief(reason)))
         self._each_runtime(lambda node: node.on_link_lost(self._post.reaches))
 
     def end(self) -> None:
@@ -207,7 +207,7 @@ class Session:
 
         def report(state: m.NodeState, done: int, message: str = "") -> None:
             self._post.to_coordinator(
-                m.EpochState(epoch, assignment.node, state, done, len(layers), message[:1000])
+                m.EpochState(epoch, assignment.node, state, done, len(layers), m.brief(message))
             )  # fmt: skip
 
         loop = asyncio.get_running_loop()
@@ -242,7 +242,7 @@ class Session:
                 address.host, address.port, self._options.dial_timeout_s, PeerId(address.peer)
             )  # fmt: skip
         except HelixError as error:
-            self._post.to_coordinator(m.LinkLost(address.peer, str(error)[:1000]))
+            self._post.to_coordinator(m.LinkLost(address.peer, m.brief(str(error))))
 
     async def _probe(self, request: m.Probe) -> None:
         peer = PeerId(request.peer)
@@ -257,7 +257,7 @@ class Session:
                     link = await self._network.dial(request.host, request.port, self._options.dial_timeout_s, peer)
                 found = await link.probe(request.max_bytes, self._options.probe_timeout_s)
             except (HelixError, ValueError) as error:
-                self._post.to_coordinator(m.Probed(peer, 0.0, 0.0, str(error)[:1000] or "failed"))
+                self._post.to_coordinator(m.Probed(peer, 0.0, 0.0, m.brief(str(error)) or "failed"))
                 return
         self._post.to_coordinator(m.Probed(peer, found.rtt_s, found.bandwidth_bytes_per_s, ""))
         if dialled:

@@ -170,7 +170,7 @@ class Worker:
         session = self._session
         if session is None or self._post is None:
             return
-        self._post.to_coordinator(m.Leave(reason[:1000]))
+        self._post.to_coordinator(m.Leave(m.brief(reason)))
         try:
             async with asyncio.timeout(timeout_s):
                 await session.left.wait()
@@ -269,7 +269,7 @@ class Worker:
         software = f"helixd {helixd.__version__} python {sys.version.split()[0]} torch {_torch_version()}"
         return m.Hello(
             PROTOCOL_VERSION, nodes, self._options.local_fingerprint, self._options.advertise, self._options.port,
-            software, models.pop() if models else "", held, self._options.name,
+            software, models.pop() if models else "", held, self._options.name[:256],
             OLDEST_VERSION,
         )  # fmt: skip
 

@@ -444,3 +444,13 @@ async def test_a_dead_port_and_a_closed_endpoint_say_so() -> None:
 
 def test_the_message_limit_leaves_room_for_the_longest_name() -> None:
     assert len(dataclasses.replace(HELLO, identity=identity("n" * 200)).encode()) <= MAX_MESSAGE_BYTES <= 4 * KIB
+
+
+@pytest.mark.parametrize(
+    ("host", "port"), [("a..b", 1), ("a" * 64, 1), ("", 1), ("127.0.0.1/x?y#", 1), ("a@b", 1), ("::1", 1), ("h", 65536)]
+)
+async def test_an_address_that_is_none_is_a_peer_that_is_not_there(host: str, port: int) -> None:
+    """Workers dial what other workers advertise."""
+    async with Side("near").websockets() as near:
+        with pytest.raises(PeerLost, match="cannot connect"):
+            await near.dial(host, port, DEADLINE_S)

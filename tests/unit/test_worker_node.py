@@ -13,11 +13,14 @@ from helixd.errors import OutOfKv
 from helixd.ids import Epoch, NodeId, SequenceId
 from helixd.layers import LayerRange
 from helixd.protocol import messages as m
-from helixd.protocol.codec import pack_ids
+from helixd.protocol.codec import pack_ids, to_frame
 from helixd.sampling import SamplingParams, TokenLogprobs
-from helixd.worker.batcher import BatchLimits
+from helixd.wire.frames import encode_small_head
+from helixd.wire.options import WireOptions
+from helixd.worker.batcher import BatchLimits, Pass
 from helixd.worker.compute import NodeCompute
 from helixd.worker.node import NodeRuntime
+from helixd.worker.steps import DrawnToken
 from helixd.worker.threads import ComputeThread
 
 HIDDEN = 2
@@ -373,3 +376,17 @@ async def test_a_node_that_never_rests_still_settles() -> None:
         assert [spec.prompt_tokens for spec in world.engine.open_now.values()] == [4]
         assert node.oldest_work_age_s() > 0, "it rests"
         world.mail.to_coordinator = post  # type: ignore[method-assign]
+
+
+async def test_the_tokens_of_a_large_batch_fit_into_messages_with_all_that_may_be_asked_for() -> None:
+    async with at_work() as world:
+        best = TokenLogprobs(-1.25, tuple((150_000 + at, -1.5 - at) for at in range(20)))
+        drawn = []
+        for handle in range(1, 513):
+            world.node.on_open(*opening(1 << 40 | handle, WHOLE))
+            drawn.append(DrawnToken(Pass(SequenceId(handle), 99_999, 99_998, 1, True, 0.0), 150_000, best))
+        world.node._send_tokens(drawn)
+        messages = world.mail.of(m.Tokens)
+        assert sum(len(message.drawn) for message in messages) == 512  # type: ignore[attr-defined]
+        for message in messages:
+            encode_small_head(message.KIND, to_frame(message).body, None, WireOptions().max_body_bytes)
