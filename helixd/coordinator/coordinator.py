@@ -108,7 +108,10 @@ class Coordinator:
             options.probe_timeout_s,
         )  # fmt: skip
         self.relay = Relay(self.fleet, self.epochs.relays)
-        self.drift = DriftWatch(self.fleet, options.drift, network.identity.peer, self.replanner.drifted)
+        self.drift = DriftWatch(
+            self.fleet, options.drift, network.identity.peer, self.replanner.drifted, self.epochs.uses,
+            self.prober.again,
+        )  # fmt: skip
         self.desk = WorkerDesk(
             self.fleet, self.admission, self.epochs, self.replanner, self.prober, WeightServer(model.index),
             WeightCheck(model.digests, tasks), self.relay, self.drift, self._greeting, tasks,

@@ -13,19 +13,16 @@ from dataclasses import dataclass, replace
 from helixd import logs
 from helixd.coordinator.drift import Drift, DriftJudge, DriftOptions, Reading
 from helixd.coordinator.fleet import Fleet, LinkFact, Node, Slowdown
-from helixd.ids import PeerId
-from helixd.plan.spec import COORDINATOR
-from helixd.protocol.messages import NodeStatus, PathSeen
+from helixd.coordinator.probing import ALIKE_RTT_S, HUB, Pair
+from helixd.coordinator.suspects import Suspects
+from helixd.ids import NodeId, PeerId
+from helixd.protocol.codec import to_frame
+from helixd.protocol.messages import MEASURE_VERSION, Measure, NodeStatus, PathSeen
 
 log = logging.getLogger(__name__)
 
-LEAST_RTT_S = 0.005
-"""Round trips below this are alike: so much passes in event loops."""
 MOST_SLOWDOWN = 100.0
 EVENTS_KEPT = 32
-
-HUB = PeerId(COORDINATOR)
-Pair = tuple[PeerId, PeerId]
 
 
 @dataclass(slots=True)
@@ -39,10 +36,14 @@ class DriftEvent:
 
 
 class DriftWatch:
-    """The one owner of drift events. `drifted` is told of each; `me` is how workers know the coordinator."""
+    """The one owner of drift events. `drifted` is told of each; `me` is how workers know the coordinator.
+
+    `planned` says whether a plan in force uses a node, `probe` asks for a link to be measured again.
+    """
 
     def __init__(
-        self, fleet: Fleet, options: DriftOptions, me: PeerId, drifted: Callable[[DriftEvent], None]
+        self, fleet: Fleet, options: DriftOptions, me: PeerId, drifted: Callable[[DriftEvent], None],
+        planned: Callable[[NodeId], bool], probe: Callable[[Pair], None],
     ) -> None:  # fmt: skip
         self.count = 0
         self.events: deque[DriftEvent] = deque(maxlen=EVENTS_KEPT)
@@ -50,10 +51,14 @@ class DriftWatch:
         self._judge = DriftJudge(options)
         self._me = me
         self._drifted = drifted
+        self._planned = planned
+        self._probe = probe
+        self._suspects = Suspects()
 
     def on_status(self, node: Node, status: NodeStatus, now_s: float) -> None:
         """A node tells how it does."""
         self._on_speed(node, status, now_s)
+        self._look_again(node, now_s)
         for path in status.paths:
             src, dst = node.peer, PeerId(path.peer)
             self._on_path((HUB, src) if dst == self._me else (src, dst), path, now_s)
@@ -62,9 +67,11 @@ class DriftWatch:
         """What is known of a life that is over says nothing of the next one."""
         for node in nodes:
             self._judge.forget(node.id)
+            self._suspects.drop(node.id)
         for pair in self._fleet.links:
             if peer in pair:
                 self._judge.forget(pair)
+                self._suspects.drop(pair)
 
     def off_for_s(self, node: Node, now_s: float) -> float | None:
         """For how long a node has been off what is planned with; None if it is not."""
@@ -84,26 +91,39 @@ class DriftWatch:
             measured.get("prefill", node.slowdown.prefill), measured.get("decode", node.slowdown.decode)
         )  # fmt: skip
         found = drift.reading
+        self._suspects.add(node.id, now_s)
         self._tell(
             node.id, drift, now_s,
             f"{found.quantity} takes {found.measured:.2g} times as long as when it was measured, "
             f"{found.believed:.2g} times was planned with",
         )  # fmt: skip
 
+    def _look_again(self, node: Node, now_s: float) -> None:
+        """Have a node measured that a plan may have left out for being slow: it does not show it at work any more."""
+        peer = self._fleet.peers.get(node.peer)
+        if peer is None or peer.hello.protocol < MEASURE_VERSION or self._planned(node.id):
+            return
+        if self._suspects.due(node.id, now_s):
+            logs.event(log, logging.INFO, "measured_again", node=node.id)
+            peer.outbox.post(to_frame(Measure(node.id)))
+
     def _on_path(self, pair: Pair, path: PathSeen, now_s: float) -> None:
         fact = self._fleet.links.get(pair)
         if fact is None or fact.error:
             return
+        if self._suspects.due(pair, now_s):
+            self._probe(pair)
         readings = []
         if path.goodput_bytes_per_s:
             readings.append(Reading("bandwidth", path.goodput_bytes_per_s, fact.bandwidth_bytes_per_s))
         if path.rtt_s:
-            readings.append(Reading("rtt", max(LEAST_RTT_S, path.rtt_s), max(LEAST_RTT_S, fact.rtt_s)))
+            readings.append(Reading("rtt", max(ALIKE_RTT_S, path.rtt_s), max(ALIKE_RTT_S, fact.rtt_s)))
         drift = self._judge.see(pair, readings, now_s)
         if drift is None:
             return
         found = drift.reading
         self._fleet.links[pair] = _corrected(fact, path)
+        self._suspects.add(pair, now_s)
         said = (
             f"carries {found.measured / 1e6:.3g} MB/s, {found.believed / 1e6:.3g} MB/s was planned with"
             if found.quantity == "bandwidth"

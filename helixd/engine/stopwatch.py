@@ -12,24 +12,25 @@ class Stopwatch:
     """Measures one stretch after another."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:
-            self._begin = torch.Event(device, enable_timing=True)
-            self._end = torch.Event(device, enable_timing=True)
+            self._begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._began_s = self._took_s = 0.0
         self._ran = False
 
     def start(self) -> None:
         """The stretch begins."""
         if self._on_gpu:
-            self._begin.record()
+            self._begin.record(torch.cuda.current_stream(self._device))
         else:
             self._began_s = time.perf_counter()
 
     def stop(self) -> None:
         """All of it has been asked for."""
         if self._on_gpu:
-            self._end.record()
+            self._end.record(torch.cuda.current_stream(self._device))
         else:
             self._took_s = time.perf_counter() - self._began_s
         self._ran = True

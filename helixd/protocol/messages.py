@@ -19,6 +19,8 @@ OLDEST_VERSION = 1
 """Versions this daemon speaks, both inclusive: its own and the one before. Version 2 compares the weights."""
 RELAY_VERSION = 2
 """From this version on a worker understands that the coordinator carries its rows."""
+MEASURE_VERSION = 2
+"""From this version on a worker measures a node again when it is asked to."""
 
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=1000)]
@@ -395,3 +397,10 @@ class Left(Message, frozen=True):
     """Coordinator -> worker: nothing of mine runs on you any more; you may go."""
 
     KIND: ClassVar[int] = 23
+
+
+class Measure(Message, frozen=True):
+    """Coordinator -> worker: measure this node again, unless it holds layers of a live plan; answered by `Measured`."""
+
+    KIND: ClassVar[int] = 24
+    node: Name

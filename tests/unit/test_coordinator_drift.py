@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helixd.coordinator.drift import GAP_S, MOST_DOUBLINGS, QUIET, Drift, DriftJudge, DriftOptions, Reading
-from helixd.coordinator.drifting import HUB, LEAST_RTT_S, DriftEvent, DriftWatch
+from helixd.coordinator.drifting import DriftEvent, DriftWatch
 from helixd.coordinator.fleet import Fleet, LinkFact, Node, Slowdown
+from helixd.coordinator.probing import ALIKE_RTT_S, HUB, Pair
+from helixd.coordinator.suspects import AGAIN_S, MOST_S, Suspects
 from helixd.ids import NodeId, PeerId
-from helixd.protocol.messages import NodeHardware, NodeStatus, PathSeen
+from helixd.protocol.messages import Measure, NodeHardware, NodeStatus, PathSeen
 
 FACTOR, HOLD_S = 2.0, 60.0
 BEYOND = 1.0001
@@ -149,7 +151,12 @@ class Watched:
     def __init__(self) -> None:
         self.fleet = Fleet()
         self.events: list[DriftEvent] = []
-        self.watch = DriftWatch(self.fleet, DriftOptions(FACTOR, HOLD_S), PeerId("hub"), self.events.append)
+        self.planned = True
+        self.probed: list[Pair] = []
+        self.watch = DriftWatch(
+            self.fleet, DriftOptions(FACTOR, HOLD_S), PeerId("hub"), self.events.append,
+            lambda node: self.planned, self.probed.append,
+        )  # fmt: skip
         for name in ("a", "b"):
             node = Node(NodeId(name), PeerId(name), NodeHardware(name, "cpu", "x", 1, 1))
             self.fleet.nodes[node.id] = node
@@ -232,9 +239,9 @@ def test_a_link_is_planned_with_as_it_is(goodput: float, rtt_s: float, drifts: b
 def test_short_round_trips_are_all_alike() -> None:
     world = Watched()
     world.fleet.links[PeerId("a"), PeerId("b")] = LinkFact(0.0001, 1e9)
-    world.say(200, 0.0, 0.0, PathSeen("b", 2 * LEAST_RTT_S, 0.0))
+    world.say(200, 0.0, 0.0, PathSeen("b", 2 * ALIKE_RTT_S, 0.0))
     assert world.events == []
-    world.say(200, 0.0, 0.0, PathSeen("b", 2 * LEAST_RTT_S * BEYOND, 0.0))
+    world.say(200, 0.0, 0.0, PathSeen("b", 2 * ALIKE_RTT_S * BEYOND, 0.0))
     assert len(world.events) == 1
 
 
@@ -256,7 +263,7 @@ def test_absurd_figures_are_bounded() -> None:
 
 def test_a_lost_worker_is_forgotten() -> None:
     world = Watched()
-    peer: Any = SimpleNamespace(nodes=["a"])
+    peer: Any = SimpleNamespace(nodes=["a"], hello=SimpleNamespace(protocol=1))
     world.fleet.peers[PeerId("a")] = peer
     world.fleet.links[PeerId("a"), PeerId("b")] = LinkFact(0.02, 100e6)
     slow = PathSeen("b", 0.02, 1e6)
@@ -264,3 +271,42 @@ def test_a_lost_worker_is_forgotten() -> None:
     world.watch.on_peer_lost(PeerId("a"), [world.node])
     world.say(HOLD_S, 0.0, 3.0, slow)
     assert world.events == []
+
+
+def test_what_was_found_slow_is_looked_at_again_ever_more_rarely() -> None:
+    suspects, looked = Suspects(), []
+    suspects.add("n", 0.0)
+    for second in range(0, 40_000, 10):
+        if suspects.due("n", float(second)):
+            looked.append(second)
+    assert looked[:4] == [AGAIN_S, 3 * AGAIN_S, 7 * AGAIN_S, 15 * AGAIN_S]
+    assert looked[4] - looked[3] == MOST_S
+    suspects.drop("n")
+    assert not suspects.due("n", 1e9)
+
+
+@pytest.mark.parametrize(("protocol", "planned", "asked"), [(2, False, 1), (2, True, 0), (1, False, 0)])
+def test_a_slow_node_that_no_plan_uses_is_measured_again(protocol: int, planned: bool, asked: int) -> None:
+    world = Watched()
+    sent: list[Any] = []
+    peer: Any = SimpleNamespace(
+        nodes=["a"], hello=SimpleNamespace(protocol=protocol), outbox=SimpleNamespace(post=sent.append)
+    )
+    world.fleet.peers[PeerId("a")] = peer
+    world.say(HOLD_S + 2, 0.0, 3.0)
+    world.planned = planned
+    world.say(AGAIN_S - 2)
+    assert sent == []
+    world.say(3)
+    assert [frame.kind for frame in sent] == [Measure.KIND] * asked
+
+
+def test_a_link_that_was_corrected_is_probed_again() -> None:
+    world = Watched()
+    pair = (PeerId("a"), PeerId("b"))
+    world.fleet.links[pair] = LinkFact(0.02, 100e6)
+    world.say(HOLD_S + 2, 0.0, 0.0, PathSeen("b", 0.02, 10e6))
+    world.say(AGAIN_S - 2, 0.0, 0.0, PathSeen("b", 0.02, 0.0))
+    assert world.probed == []
+    world.say(3, 0.0, 0.0, PathSeen("b", 0.02, 0.0))
+    assert world.probed == [pair]

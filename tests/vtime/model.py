@@ -281,7 +281,12 @@ class HashBackend:
 
     def measure(self, setup: NodeSetup, model: ModelSetup, cache: Path | None) -> LayerTimes:
         self._loop.spend(MEASURE_S)
-        return TIMES
+        now = self._slowdown.get(setup.node, 1.0)
+        prompt, decode = (
+            tuple((rows, seconds * now) for rows, seconds in points)
+            for points in (TIMES.prompt_layer_time_s, TIMES.decode_layer_time_s)
+        )
+        return LayerTimes(prompt, decode)
 
     def weights(self, config: DecoderConfig, fetch: FetchTensor, cache: Path | None) -> "NoWeights":
         return NoWeights()

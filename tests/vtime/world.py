@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 from helixd.coordinator.coordinator import Coordinator, CoordinatorOptions, ServedModel
+from helixd.coordinator.drift import DriftOptions
 from helixd.coordinator.planning import ModelSizes, PlanningOptions, build_spec
 from helixd.coordinator.replanning import ReplanOptions
 from helixd.ids import Epoch, Incarnation, NodeId, PeerId
@@ -46,7 +47,7 @@ COORDINATOR = CoordinatorOptions(
     max_batch_sequences=4, max_batch_tokens=24, prefill_chunk_tokens=16, step_s=8.0, failover_wait_s=20.0,
     probe_bytes=64 << 10, probe_timeout_s=10.0,
     planning=PlanningOptions(workload=WorkloadSpec(mean_output_tokens=4.0, min_kv_tokens=128.0)),
-    replan=ReplanOptions(settle_s=0.3, cooldown_s=5.0),
+    replan=ReplanOptions(settle_s=0.3, cooldown_s=5.0), drift=DriftOptions(hold_s=30.0),
 )  # fmt: skip
 
 MACHINES: Mapping[str, tuple[tuple[str, int], ...]] = {
