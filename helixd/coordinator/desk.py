@@ -25,6 +25,7 @@ from helixd.coordinator.weights import WeightCheck, WeightServer
 from helixd.ids import Attempt, NodeId, PeerId, SequenceId
 from helixd.plan.spec import COORDINATOR
 from helixd.protocol import messages as m
+from helixd.protocol import versions
 from helixd.protocol.codec import ProtocolError, from_frame, to_frame
 from helixd.sampling import TokenLogprobs
 from helixd.wire.link import Frame, FrameHandler, Link
@@ -162,7 +163,7 @@ class WorkerDesk:
             nodes=[hardware.node for hardware in hello.nodes],
         )  # fmt: skip
         welcome, config_json = self._greeting()
-        version = m.common_version(hello.protocol, hello.oldest or hello.protocol)
+        version = versions.common_version(hello.protocol, hello.oldest or hello.protocol)
         assert version is not None
         welcome = msgspec.structs.replace(welcome, protocol=version)
         outbox.post(to_frame(welcome, config_json))
@@ -175,13 +176,13 @@ class WorkerDesk:
     def _why_not(self, hello: m.Hello, digests: bytes) -> m.Refused | None:
         welcome, _ = self._greeting()
         oldest = hello.oldest or hello.protocol
-        version = m.common_version(hello.protocol, oldest)
+        version = versions.common_version(hello.protocol, oldest)
         if version is None:
-            older = "the worker" if hello.protocol < m.OLDEST_VERSION else "the coordinator"
+            older = "the worker" if hello.protocol < versions.OLDEST_VERSION else "the coordinator"
             return m.Refused(
                 "version",
                 f"the worker ({hello.software}) speaks protocol {oldest} to {hello.protocol}, this coordinator (helixd "
-                f"{__version__}) {m.OLDEST_VERSION} to {m.PROTOCOL_VERSION}; upgrade {older}",
+                f"{__version__}) {versions.OLDEST_VERSION} to {versions.PROTOCOL_VERSION}; upgrade {older}",
                 True,
             )  # fmt: skip
         if hello.fingerprint and hello.fingerprint != welcome.fingerprint:

@@ -17,7 +17,8 @@ from helixd.coordinator.probing import ALIKE_RTT_S, HUB, Pair
 from helixd.coordinator.suspects import Suspects
 from helixd.ids import NodeId, PeerId
 from helixd.protocol.codec import to_frame
-from helixd.protocol.messages import MEASURE_VERSION, Measure, NodeStatus, PathSeen
+from helixd.protocol.messages import Measure, NodeStatus, PathSeen
+from helixd.protocol.versions import MEASURE_VERSION
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from helixd.ids import NodeId
 from helixd.model.digests import WeightDigests
 from helixd.protocol import messages as m
 from helixd.protocol.codec import ProtocolError, from_frame, to_frame
-from helixd.protocol.messages import OLDEST_VERSION, PROTOCOL_VERSION
+from helixd.protocol.versions import OLDEST_VERSION, PROTOCOL_VERSION
 from helixd.wire.link import Frame, Link
 from helixd.wire.peers import PeerNetwork
 from helixd.worker.backend import Backend, NodeSetup
