@@ -56,7 +56,7 @@ class WorkerDesk:
         self._relay = relay
         self._greeting = greeting
         self._tasks = tasks
-        self._senders: dict[Link, asyncio.Task[None]] = {}
+        self._senders: dict[Link, list[asyncio.Task[None]]] = {}
 
     def on_link(self, link: Link) -> FrameHandler:
         """A worker connected; it is nobody until its hello."""
@@ -136,7 +136,7 @@ class WorkerDesk:
         if link in self._senders:
             raise ProtocolError(f"{link.peer} said hello twice; what it offers is known once and for all")
         outbox = Outbox(link, lambda: None)
-        self._senders[link] = self._tasks.create_task(outbox.run(), name=f"send to {link.peer}")
+        self._senders[link] = [self._tasks.create_task(outbox.run(), name=f"send to {link.peer}")]
         wrong = self._why_not(hello, digests)
         old = self._fleet.peers.get(link.peer)
         if wrong is None and old is not None and old.link is not link:
@@ -147,6 +147,9 @@ class WorkerDesk:
             taken = self._fleet.add(peer)
             if taken:
                 wrong = m.Refused("node_id", f"node ids already taken by another worker: {', '.join(taken)}", True)
+            else:
+                parcels = self._tasks.create_task(peer.parcels.run(), name=f"parcels to {link.peer}")
+                self._senders[link].append(parcels)
         if wrong is not None:
             logs.event(log, logging.WARNING, "worker_refused", worker=link.peer, code=wrong.code, reason=wrong.message)
             outbox.post(to_frame(msgspec.structs.replace(wrong, message=m.brief(wrong.message))))
@@ -162,8 +165,7 @@ class WorkerDesk:
         outbox.post(to_frame(welcome, config_json))
 
     def _stop_sending(self, link: Link) -> None:
-        sender = self._senders.pop(link, None)
-        if sender is not None:
+        for sender in self._senders.pop(link, ()):
             sender.cancel()
 
     def _why_not(self, hello: m.Hello, digests: bytes) -> m.Refused | None:
