@@ -66,7 +66,9 @@ class NodeHost:
         self._ranges.clear()
         compute = await self._thread.run(self._backend.compute, self.setup, model)
         self._engine = compute.engine
-        self.runtime = NodeRuntime(self.setup.node, self._thread, compute, model.limits, post)
+        self.runtime = NodeRuntime(
+            self.setup.node, self._thread, compute, model.limits, post, model.max_context_tokens
+        )  # fmt: skip
         self._loop_task = tasks.create_task(self.runtime.run(), name=f"node {self.setup.node}")
         self.model = model
 
