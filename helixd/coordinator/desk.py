@@ -141,7 +141,10 @@ class WorkerDesk:
         old = self._fleet.peers.get(link.peer)
         if wrong is None and old is not None and old.link is not link:
             self.on_lost(old.link, "a newer life of this worker joined")
+        welcome, config_json = self._greeting()
         if wrong is None:
+            if hello.held_fingerprint != welcome.data:
+                hello = msgspec.structs.replace(hello, held=[])
             host = hello.advertise or link.remote_host
             peer = Peer(link.peer, link.incarnation, link, outbox, host, hello.port, hello)
             taken = self._fleet.add(peer)
@@ -158,7 +161,6 @@ class WorkerDesk:
             log, logging.INFO, "worker_joined", worker=link.peer, name=hello.name, host=link.remote_host,
             nodes=[hardware.node for hardware in hello.nodes],
         )  # fmt: skip
-        welcome, config_json = self._greeting()
         version = m.common_version(hello.protocol, hello.oldest or hello.protocol)
         assert version is not None
         welcome = msgspec.structs.replace(welcome, protocol=version)

@@ -316,3 +316,23 @@ def test_weights_on_their_way_to_a_worker_hold_back_nothing_else_for_it():
         assert [message.request for message in heard if isinstance(message, Fetched)] == list(range(4))
         w.loop.do(lambda: w.network.kill(endpoint))
         settle(w)
+
+
+def test_layers_of_another_model_are_not_planned_with():
+    """A coordinator may come back with other weights; its workers still hold the old ones."""
+    with world(1) as w:
+        for name in ("w0", "w1"):
+            w.start_worker(name)
+        w.advance(4)
+        held = w.coordinator.epochs.holding()
+        assert held
+        w.restart_coordinator(0.0)
+        joined = lambda: len(w.coordinator.fleet.peers) == 2  # noqa: E731
+        w.wait_until(joined, 10, "they do not join again", step_s=0.01)
+        assert w.coordinator.epochs.holding() == held
+        served = w._served()
+        w._served = lambda: replace(served, weights="others")
+        w.restart_coordinator(0.0)
+        w.wait_until(joined, 10, "they do not join again", step_s=0.01)
+        assert w.coordinator.epochs.holding() == {}
+        settle(w)
