@@ -20,6 +20,7 @@ from helixd.protocol.messages import (
 )
 from helixd.wire.link import Frame
 from helixd.wire.memory_link import MemoryLink
+from helixd.wire.peers import PeerIdentity
 from tests.vtime.invariants import leaks, settle
 from tests.vtime.loop import Process
 from tests.vtime.model import ROW_BYTES, NoWeights
@@ -335,4 +336,24 @@ def test_layers_of_another_model_are_not_planned_with():
         w.restart_coordinator(0.0)
         w.wait_until(joined, 10, "they do not join again", step_s=0.01)
         assert w.coordinator.epochs.holding() == {}
+        settle(w)
+
+
+def test_a_coordinator_that_forgot_how_often_it_has_lived_is_not_taken_for_the_one_before():
+    """Its state directory may be lost; workers remember what sequences of the one before are over."""
+    with world(1) as w:
+        for name in ("w0", "w1"):
+            w.start_worker(name)
+        w.advance(4)
+        for seed in range(3):
+            w.clients.ask((1, 2, 3), 4, seed=seed)
+        w.wait_until(lambda: not w.clients.running, 10, "they do not end")
+        identity = w.hub.endpoint.identity
+        w._identity = lambda name: PeerIdentity(identity.peer, identity.incarnation)
+        w.restart_coordinator(0.5)
+        del w._identity
+        w.advance(6)
+        client = w.clients.ask((4, 5, 6), 4)
+        w.wait_until(lambda: client.outcome is not None, 5, "its route leads nowhere")
+        assert client.outcome == "finished"
         settle(w)
