@@ -19,6 +19,10 @@ from helixd.worker.node import NodeRuntime, Post
 from helixd.worker.threads import ComputeThread
 
 
+class NobodyWaits(Exception):
+    """Ends a load in its thread when the session that wanted it is over; nobody sees it."""
+
+
 class NodeHost:
     """The one owner of a device. `loading`: how many of how many parts of a range are loaded; None: nothing loads."""
 
@@ -92,16 +96,17 @@ class NodeHost:
         async with self._loading:
             if epoch < self._live_from:
                 return
-            # What a session that is over had begun to load cannot be stopped, only waited for.
+            # What a session that is over was loading ends with the part that it is at.
             await self._loader.run(lambda: None)
             await self._prune({*self._held_by_epochs(), *layers.layers()})
             before = self.engine.loaded
             waited_for = True
 
             def tell(done: int, total: int) -> None:
-                if waited_for:
-                    self.loading = done, total
-                    progress(done, total)
+                if not waited_for:
+                    raise NobodyWaits
+                self.loading = done, total
+                progress(done, total)
 
             try:
                 await self._loader.run(
