@@ -117,7 +117,9 @@ class Coordinator:
             WeightCheck(model.digests, tasks), self.relay, self.drift, self._greeting, tasks,
         )  # fmt: skip
         self._tasks = tasks
-        self._next_sequence = network.identity.incarnation % (1 << 31) * SEQUENCES_PER_LIFE
+        # Not the incarnation: a coordinator that lost its state counts its lives anew, before workers that remember.
+        life = int.from_bytes(network.identity.instance[-4:], "big") % (1 << 31)
+        self._next_sequence = life * SEQUENCES_PER_LIFE
         self._requests: set[RequestRun] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -192,7 +194,7 @@ class Coordinator:
             sequence = SequenceRun(
                 SequenceId(self._next_sequence), request, choice, text, max_tokens, self, limits, run.emit
             )  # fmt: skip
-            sequence.order = self._next_sequence
+            sequence.order = self._next_sequence % SEQUENCES_PER_LIFE
             sequences.append(sequence)
         run.sequences = sequences
         self._requests.add(run)

@@ -60,7 +60,7 @@ class WorkerDesk:
         self._drift = drift
         self._greeting = greeting
         self._tasks = tasks
-        self._senders: dict[Link, asyncio.Task[None]] = {}
+        self._senders: dict[Link, list[asyncio.Task[None]]] = {}
 
     def on_link(self, link: Link) -> FrameHandler:
         """A worker connected; it is nobody until its hello."""
@@ -143,17 +143,23 @@ class WorkerDesk:
         if link in self._senders:
             raise ProtocolError(f"{link.peer} said hello twice; what it offers is known once and for all")
         outbox = Outbox(link, lambda: None)
-        self._senders[link] = self._tasks.create_task(outbox.run(), name=f"send to {link.peer}")
+        self._senders[link] = [self._tasks.create_task(outbox.run(), name=f"send to {link.peer}")]
         wrong = self._why_not(hello, digests)
         old = self._fleet.peers.get(link.peer)
         if wrong is None and old is not None and old.link is not link:
             self.on_lost(old.link, "a newer life of this worker joined")
+        welcome, config_json = self._greeting()
         if wrong is None:
+            if hello.held_fingerprint != welcome.data:
+                hello = msgspec.structs.replace(hello, held=[])
             host = hello.advertise or link.remote_host
             peer = Peer(link.peer, link.incarnation, link, outbox, host, hello.port, hello)
             taken = self._fleet.add(peer)
             if taken:
                 wrong = m.Refused("node_id", f"node ids already taken by another worker: {', '.join(taken)}", True)
+            else:
+                parcels = self._tasks.create_task(peer.parcels.run(), name=f"parcels to {link.peer}")
+                self._senders[link].append(parcels)
         if wrong is not None:
             logs.event(log, logging.WARNING, "worker_refused", worker=link.peer, code=wrong.code, reason=wrong.message)
             outbox.post(to_frame(msgspec.structs.replace(wrong, message=m.brief(wrong.message))))
@@ -162,15 +168,13 @@ class WorkerDesk:
             log, logging.INFO, "worker_joined", worker=link.peer, name=hello.name, host=link.remote_host,
             nodes=[hardware.node for hardware in hello.nodes],
         )  # fmt: skip
-        welcome, config_json = self._greeting()
         version = versions.common_version(hello.protocol, hello.oldest or hello.protocol)
         assert version is not None
         welcome = msgspec.structs.replace(welcome, protocol=version)
         outbox.post(to_frame(welcome, config_json))
 
     def _stop_sending(self, link: Link) -> None:
-        sender = self._senders.pop(link, None)
-        if sender is not None:
+        for sender in self._senders.pop(link, ()):
             sender.cancel()
 
     def _why_not(self, hello: m.Hello, digests: bytes) -> m.Refused | None:

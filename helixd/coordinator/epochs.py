@@ -74,7 +74,7 @@ class Epochs:
         held: dict[NodeId, LayerRange] = {}
         for peer in self._fleet.peers.values():
             for node, start, end in peer.hello.held:
-                if 0 <= start < end:
+                if node in peer.nodes and 0 <= start < end <= self._sizes.num_layers:
                     held[NodeId(node)] = LayerRange(start, end)
         for plan in (self.active, self.coming):
             if plan is not None:

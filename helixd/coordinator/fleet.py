@@ -20,7 +20,7 @@ nodes say how they are once a second."""
 
 @dataclass(slots=True)
 class Peer:
-    """A worker daemon that has been welcomed."""
+    """A worker daemon that has been welcomed. `parcels`: pieces of weights wait there, and nothing else behind them."""
 
     id: PeerId
     incarnation: Incarnation
@@ -31,6 +31,10 @@ class Peer:
     hello: Hello
     draining: bool = False
     nodes: list[NodeId] = field(default_factory=list)
+    parcels: Outbox = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parcels = Outbox(self.link, lambda: None)
 
 
 class Slowdown(NamedTuple):

@@ -32,9 +32,9 @@ class WeightServer:
             length = min(request.length, MAX_PIECE_BYTES, max(0, ref.nbytes - request.offset))
             piece = await asyncio.to_thread(self._index.read_range, request.tensor, request.offset, length)
         except (ModelError, ValueError) as error:
-            peer.outbox.post(to_frame(Fetched(request.request, "", [], brief(str(error)))))
+            peer.parcels.post(to_frame(Fetched(request.request, "", [], brief(str(error)))))
             return
-        peer.outbox.post(to_frame(Fetched(request.request, ref.dtype, list(ref.shape), ""), memoryview(piece)))
+        peer.parcels.post(to_frame(Fetched(request.request, ref.dtype, list(ref.shape), ""), memoryview(piece)))
 
 
 class WeightCheck:

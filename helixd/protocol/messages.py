@@ -57,7 +57,8 @@ class Hello(Message, frozen=True):
 
     `fingerprint` is that of a local copy of the model ("" without one: weights are then fetched from the coordinator).
     `port` is where other workers can dial; `advertise` the host to use ("" for the address the coordinator sees).
-    `held` tells the layers that are already loaded, per node, of the model `held_fingerprint`. `name` is for people.
+    `held` tells the layers that are already loaded, per node, of the model `held_fingerprint` (`Welcome.data`). `name`
+    is for people.
     `protocol` is the newest version that I speak, `oldest` the oldest (0: the same). Payload: the digests of the local
     copy's tensors (`helixd.model.digests`); none from version 1.
     """
@@ -93,6 +94,11 @@ class Welcome(Message, frozen=True):
     prefill_chunk_tokens: Count
     protocol: Count = 1
     weights: Name = ""
+
+    @property
+    def data(self) -> str:
+        """What tells this model, data included, from every other."""
+        return f"{self.fingerprint}-{self.weights}" if self.weights else self.fingerprint
 
 
 class Refused(Message, frozen=True):

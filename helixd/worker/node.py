@@ -55,11 +55,15 @@ class Post(Protocol):
 
 
 class NodeRuntime:
-    """The one owner of a node's sequences. All methods run on the event loop; computing does not."""
+    """The one owner of a node's sequences. All methods run on the event loop; computing does not.
+
+    `max_tokens`: how long a sequence may be; rows beyond that are not kept (None: whatever the engine says).
+    """
 
     def __init__(
-        self, node: NodeId, thread: ComputeThread, compute: StageCompute, limits: BatchLimits, post: Post
-    ) -> None:
+        self, node: NodeId, thread: ComputeThread, compute: StageCompute, limits: BatchLimits, post: Post,
+        max_tokens: int | None = None,
+    ) -> None:  # fmt: skip
         self.node = node
         self.thread = thread
         self.compute = compute
@@ -67,6 +71,7 @@ class NodeRuntime:
         self.steps_done = 0
         self.gauge: SpeedGauge | None = None
         self._post = post
+        self._max_tokens = max_tokens
         self._batcher = Batcher(limits)
         self._book = SequenceBook()
         self._live_epochs: dict[Epoch, LayerRange] = {}
@@ -294,7 +299,8 @@ class NodeRuntime:
     # -- arrivals and endings ----------------------------------------------------------------------------------------
 
     def _arrive(self, sequence: SequenceId, attempt: Attempt, epoch: Epoch, item: Pass) -> None:
-        if self._book.is_over(sequence, attempt):
+        too_long = self._max_tokens is not None and item.start + item.n > self._max_tokens
+        if too_long or self._book.is_over(sequence, attempt):
             self._book.stale_frames += 1
             return
         local = self._book.get(sequence, attempt)

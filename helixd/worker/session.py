@@ -104,10 +104,11 @@ class Session:
         config = parse_config(raw)
         limits = BatchLimits(message.max_batch_sequences, message.max_batch_tokens, message.prefill_chunk_tokens)
         dtype = parse_dtype(message.dtype)
-        fingerprint = f"{message.fingerprint}-{message.weights}" if message.weights else message.fingerprint
-        model = ModelSetup(message.model_name, fingerprint, config, dtype, message.max_context_tokens, limits)
+        model = ModelSetup(message.model_name, message.data, config, dtype, message.max_context_tokens, limits)
         cache = self._options.cache_dir
-        self._store = self._backend.weights(config, self._fetcher.fetch, None if cache is None else cache / fingerprint)
+        self._store = self._backend.weights(
+            config, self._fetcher.fetch, None if cache is None else cache / message.data
+        )
         measured = None if self._options.state_dir is None else self._options.state_dir / "layer-times.json"
         for host in self._hosts.values():
             await host.prepare(model, self._post, self._lasting)

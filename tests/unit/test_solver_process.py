@@ -197,3 +197,10 @@ def test_ctrl_c_is_the_parents_to_act_on() -> None:
     assert child.returncode == 0
     assert out
     assert err == b""
+
+
+async def test_a_process_that_cannot_be_started_is_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its program may have been replaced by an upgrade; whoever serves goes on with the plan there is."""
+    monkeypatch.setattr(process, "COMMAND", ("/nowhere/python",))
+    with pytest.raises(PlannerFailed, match="cannot be started"):
+        await solve(job())

@@ -138,11 +138,11 @@ def opening(
 
 
 @asynccontextmanager
-async def at_work(layers: LayerRange = WHOLE) -> AsyncIterator[World]:
+async def at_work(layers: LayerRange = WHOLE, max_tokens: int | None = None) -> AsyncIterator[World]:
     thread = ComputeThread("test")
     engine, mail = BookEngine(), Mailbox()
     compute = NodeCompute(engine, HIDDEN, "float32")  # type: ignore[arg-type]
-    node = NodeRuntime(NodeId("me"), thread, compute, BatchLimits(8, 16, 8), mail)
+    node = NodeRuntime(NodeId("me"), thread, compute, BatchLimits(8, 16, 8), mail, max_tokens)
     node.incarnation = 7  # type: ignore[assignment]
     node.serve_epoch(Epoch(1), layers)
     task = asyncio.create_task(node.run())
@@ -390,3 +390,15 @@ async def test_the_tokens_of_a_large_batch_fit_into_messages_with_all_that_may_b
         assert sum(len(message.drawn) for message in messages) == 512
         for message in messages:
             encode_small_head(message.KIND, to_frame(message).body, None, WireOptions().max_body_bytes)
+
+
+async def test_rows_that_no_context_has_are_not_kept() -> None:
+    async with at_work(LAST, max_tokens=16) as world:
+        world.node.on_open(*opening(5, LAST, prompt=16))
+        world.pass_rows(m.Part(5, 0, 17, 0, 17, False))
+        world.pass_rows(m.Part(5, 0, 17, 16, 1, False), m.Part(6, 0, 17, 16, 1, False))
+        assert world.node.stale_frames == 3
+        world.pass_rows(m.Part(5, 0, 16, 0, 16, True))
+        await world.quiet()
+        assert world.node.stale_frames == 3
+        assert world.mail.of(m.Tokens) == [m.Tokens("me", [m.Drawn(5, 0, 16, 16)])]
