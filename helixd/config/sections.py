@@ -24,8 +24,9 @@ ModelDType = Literal["auto", "float32", "float16", "bfloat16"]
 class NodeConfig:
     """This daemon's identity and its directories."""
 
-    id: str = key("", kinds.TEXT, "Identity in the cluster. Empty: made once and kept in state_dir.")
-    name: str = key("", kinds.TEXT, "Name for people, in logs and /cluster. Empty: the host's name.")
+    # A worker beside a coordinator, and one with several devices, make longer names of it; a peer's has 200 bytes.
+    id: str = key("", kinds.name(180), "Identity in the cluster. Empty: made once and kept in state_dir.")
+    name: str = key("", kinds.name(255), "Name for people, in logs and /cluster. Empty: the host's name.")
     state_dir: Path = key(
         kinds.UNSET_PATH, kinds.PATH,
         "Where identity, measurements and the last epoch are kept. Empty: $STATE_DIRECTORY, else"
@@ -58,7 +59,7 @@ class ModelConfig:
         " it; a worker may leave it empty.",
     )  # fmt: skip
     name: str = key(
-        "", kinds.TEXT,
+        "", kinds.name(255),
         "Name clients ask for. Empty: the directory's name, or org/name for a snapshot in a Hugging Face cache.",
     )  # fmt: skip
     dtype: ModelDType = key(
