@@ -87,13 +87,15 @@ class Daemons:
     peers: str = ""
     environ: dict[str, str] = field(default_factory=dict)
     program: tuple[str, ...] = ("-m", "helixd")
+    launchers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Words to put before those of the daemon of that name."""
     scheme: str = "http"
     context: ssl.SSLContext | None = None
 
     def start(self, name: str, *arguments: str) -> Daemon:
         log = self.home / f"{name}.log"
         words = [
-            sys.executable, *self.program, "--state-dir", str(self.home / name),
+            *self.launchers.get(name, ()), sys.executable, *self.program, "--state-dir", str(self.home / name),
             "--set", f"node.cache_dir={self.home / name / 'cache'}", "--set", "log.format=text",
             "--set", "device.threads=1", "--set", "cluster.timers.drain=3s", *arguments,
         ]  # fmt: skip

@@ -75,7 +75,14 @@ def _encode(
         counted = len(text.tokenizer.encode(given[:head], add_special_tokens=False))
         if counted > HEAD_TOO_LONG * target.context_tokens:
             raise context_too_long(param, counted, max_tokens, target.context_tokens, or_more=True)
-    return tuple(text.tokenizer.encode(given, add_special_tokens=special))
+    tokens = tuple(text.tokenizer.encode(given, add_special_tokens=special))
+    # A tokenizer may have been given more tokens than its model has.
+    if (highest := max(tokens, default=0)) >= target.vocab_size:
+        raise bad_field(
+            param,
+            f"holds token {highest}, which only the tokenizer knows: the model has none above {target.vocab_size - 1}",
+        )
+    return tokens
 
 
 def _check_length(param: str, prompt: tuple[int, ...], max_tokens: int | None, target: Target) -> None:

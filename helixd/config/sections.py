@@ -57,7 +57,10 @@ class ModelConfig:
         'Directory of a Hugging Face checkpoint, or "demo" for the small model in the package. The coordinator needs'
         " it; a worker may leave it empty.",
     )  # fmt: skip
-    name: str = key("", kinds.TEXT, "Name clients ask for. Empty: the directory's name.")
+    name: str = key(
+        "", kinds.TEXT,
+        "Name clients ask for. Empty: the directory's name, or org/name for a snapshot in a Hugging Face cache.",
+    )  # fmt: skip
     dtype: ModelDType = key(
         "auto", kinds.choice("auto", "float32", "float16", "bfloat16"),
         "Type the weights are held and computed in. auto: the checkpoint's own.",

@@ -230,6 +230,10 @@ class Coordinator:
         """A sequence grew."""
         self.admission.progressed(lease, tokens)
 
+    def step_took_too_long(self, lease: Lease, waited_s: float) -> None:
+        """A step of a sequence is not done in time."""
+        self.desk.step_took_too_long(lease, waited_s)
+
     # -- the network's hooks -----------------------------------------------------------------------------------------
 
     def on_link(self, link: Link) -> FrameHandler:

@@ -6,6 +6,7 @@ and the prober. Decides nothing about plans or routes itself.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -206,9 +207,17 @@ class WorkerDesk:
 
     def _on_status(self, status: m.NodeStatus) -> None:
         node = self._fleet.nodes[NodeId(status.node)]
-        node.status = status
+        if self._fleet.heard(status, time.monotonic()):
+            logs.event(log, logging.WARNING, "device_works_again", node=node.id)
+            self._admission.something_changed()
         if status.kv_capacity_token_layers:
             self._admission.ledger.set_capacity(node.id, status.kv_capacity_token_layers)
+
+    def step_took_too_long(self, lease: Lease, waited_s: float) -> None:
+        """A sequence gives up its route since no token came: it, and others, keep off the device that hangs."""
+        self.failovers += 1
+        for node in self._fleet.suspect(lease.route.nodes, waited_s, time.monotonic()):
+            logs.event(log, logging.ERROR, "device_suspected", node=node, waited_s=round(waited_s, 1))
 
     def _on_drawn(self, node: NodeId, drawn: m.Drawn) -> None:
         run = self._admission.holder(SequenceId(drawn.sequence))

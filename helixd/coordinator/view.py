@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from helixd.coordinator.fleet import Node
 from helixd.coordinator.generation import Readiness
 from helixd.ids import NodeId
+from helixd.protocol.messages import EpochState
 
 if TYPE_CHECKING:
     from helixd.coordinator.coordinator import Coordinator
@@ -112,6 +114,12 @@ def _plan_view(c: Coordinator) -> Mapping[str, object] | None:
     }
 
 
+def _problem(node: Node, confirmed: EpochState | None) -> str | None:
+    if node.hangs_after_steps is not None:
+        return "its device hangs: it has work and does no step"
+    return confirmed.message if confirmed is not None and confirmed.state == "failed" else None
+
+
 def _node_view(c: Coordinator, node_id: NodeId) -> Mapping[str, object]:
     node = c.fleet.nodes[node_id]
     peer = c.fleet.peers[node.peer]
@@ -134,7 +142,7 @@ def _node_view(c: Coordinator, node_id: NodeId) -> Mapping[str, object]:
         "layers": None if layers is None else layers.to_pair(),
         "confirmed": None if confirmed is None else {"epoch": confirmed.epoch, "state": confirmed.state},
         "note": c.replanner.notes.get(node_id),
-        "problem": confirmed.message if confirmed is not None and confirmed.state == "failed" else None,
+        "problem": _problem(node, confirmed),
         "kv_reserved_token_layers": ledger.used(node_id),
         "measured": None
         if measured is None

@@ -206,7 +206,7 @@ class Engine:
 
         A `start` below a sequence's length forgets the KV from there on first (a step may be repeated). Raises, with
         nothing changed: KvExhausted (an OutOfKv) where the pool has no room; ValueError for a gap, work that does
-        not fit its sequence, a sequence that is not open or is there twice.
+        not fit its sequence, a sequence that is not open or is there twice, or logits that are not finite.
         """
         if not batch:
             return []

@@ -118,6 +118,6 @@ def _our_refusal(where: str, failure: HandshakeFailed) -> Exception:
         return AuthRejected(where, failure.reason)
     if failure.code is CloseCode.VERSION_MISMATCH:
         return VersionMismatch(f"{where}: {failure.reason}")
-    if failure.code is CloseCode.BAD_HELLO:
+    if failure.code in (CloseCode.BAD_HELLO, CloseCode.NOT_NOW):
         return PeerLost(where, failure.reason)
     return PeerRefused(where, failure.code, failure.reason)

@@ -173,8 +173,10 @@ class NodeRuntime:
                 self._fail_local(local, "link_lost", f"no link to {local.next_node}")
 
     async def settled(self) -> None:
-        """Wait until what was closed so far is closed in the engine too."""
-        while self._closes or self._pace.started_s is not None:
+        """Wait until what was closed so far is closed in the engine too: at the next step's end at the latest."""
+        # Not until nothing runs: under load a step begins as soon as the one before it has ended.
+        enough = self.steps_done + (self._pace.started_s is not None) + bool(self._closes)
+        while self.steps_done < enough:
             self._stepped.clear()
             await self._stepped.wait()
 
@@ -187,6 +189,15 @@ class NodeRuntime:
         self._work.set()
 
     # -- what others see ---------------------------------------------------------------------------------------------
+
+    @property
+    def limits(self) -> BatchLimits:
+        """What a step may hold; the next one goes by it."""
+        return self._batcher.limits
+
+    @limits.setter
+    def limits(self, limits: BatchLimits) -> None:
+        self._batcher.limits = limits
 
     @property
     def open_sequences(self) -> int:

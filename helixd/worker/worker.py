@@ -184,11 +184,16 @@ class Worker:
                 link, welcome, frame = await self._join()
             except PeerLost as error:
                 logs.event(log, logging.INFO, "join_failed", reason=str(error), retry_s=round(backoff_s, 1))
+            else:
+                began_s = time.monotonic()
+                await self._serve(link, welcome, frame, lasting)
+                if time.monotonic() - began_s > self._options.retry_max_s:
+                    backoff_s = self._options.retry_min_s
+                    continue
+                # A session that ends as soon as it begins is as good as none.
+            if not self._leaving:
                 await asyncio.sleep(backoff_s * random.uniform(0.7, 1.3))  # noqa: S311 - jitter, not a secret
                 backoff_s = min(self._options.retry_max_s, backoff_s * 1.7)
-                continue
-            backoff_s = self._options.retry_min_s
-            await self._serve(link, welcome, frame, lasting)
 
     async def _join(self) -> tuple[Link, m.Welcome, Frame]:
         options = self._options

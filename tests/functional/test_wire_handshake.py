@@ -407,7 +407,7 @@ async def test_a_bulk_socket_belongs_to_a_control_socket_of_the_same_peer(who: s
         ws = await stack.enter_async_context(socket_to(address))
         shake = DialerHandshake(ws, new_hello(identity("thief"), Purpose.BULK, TOKEN), SECRET, "far")
         await shake.greet()
-        with pytest.raises(PeerRefused, match="without its control socket"):
+        with pytest.raises(PeerLost, match="without its control socket"):
             await shake.prove()
         assert far.up == []
 

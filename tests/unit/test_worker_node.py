@@ -345,3 +345,30 @@ async def test_scores_of_the_prompt_are_sent_from_its_second_token_on() -> None:
         sent = [(s.start, [lp for lp, _ in s.scores]) for s in world.mail.of(m.Scores)]  # type: ignore[attr-defined]
         assert sent == [(1, [-float(at) for at in range(1, 9)]), (9, [-9.0, -10.0, -11.0])]
         assert isinstance(world.mail.told[-1], m.Tokens), "the token comes after the scores"
+
+
+async def test_a_node_that_never_rests_still_settles() -> None:
+    """Layers are unloaded once what was closed is closed in the engine; under load there is always a next step."""
+    async with at_work() as world:
+        node, post, at = world.node, world.mail.to_coordinator, 0
+        node.on_open(*opening(1, WHOLE))
+        node.on_open(*opening(2, WHOLE))
+        world.feed(2, 0, 4)
+
+        def asks_for_the_next(message: m.Message) -> None:
+            nonlocal at
+            post(message)
+            if isinstance(message, m.Tokens) and any(drawn.sequence == 1 for drawn in message.drawn):
+                at += 1
+                world.feed(1, at, 1)
+
+        world.mail.to_coordinator = asks_for_the_next  # type: ignore[method-assign]
+        world.feed(1, 0, 1)
+        while at < 3:
+            await asyncio.sleep(0)
+        node.on_close(m.Close(2, 0, "me"))
+        async with asyncio.timeout(5):
+            await node.settled()
+        assert [spec.prompt_tokens for spec in world.engine.open_now.values()] == [4]
+        assert node.oldest_work_age_s() > 0, "it rests"
+        world.mail.to_coordinator = post  # type: ignore[method-assign]

@@ -4,11 +4,13 @@ from dataclasses import replace
 
 from helixd.ids import Epoch, NodeId
 from helixd.layers import LayerRange
-from helixd.protocol.messages import Activations, Part
+from helixd.plan.plan import Plan
+from helixd.protocol.messages import Activations, EpochState, Hello, Part
+from helixd.wire.memory_link import MemoryLink
 from tests.vtime.invariants import leaks, settle
 from tests.vtime.model import ROW_BYTES, NoWeights
 from tests.vtime.planner import plan_of
-from tests.vtime.world import MACHINES, world
+from tests.vtime.world import MACHINES, World, world
 
 
 def test_a_worker_that_is_stopped_just_when_its_coordinator_is_lost_ends():
@@ -168,4 +170,90 @@ def test_a_link_that_is_lost_is_planned_around_with_the_placement_there_is():
         client = w.clients.ask((1, 2, 3), 5)
         w.wait_until(lambda: client.outcome is not None, 10, "nothing goes around the link")
         assert client.outcome == "finished"
+        settle(w)
+
+
+def coming_to_w4(w: World) -> tuple[dict[NodeId, LayerRange], Plan]:
+    """A chain serves, and w4 begins to load half of it; the placement that serves, and the plan to come."""
+    for name in ("w0", "w2"):
+        w.start_worker(name)
+    w.advance(4)
+    chain = {NodeId("w0"): LayerRange(0, 3), NodeId("w2"): LayerRange(3, 6)}
+    w.push(plan_of(w.spec(), chain))
+    w.advance(2)
+    assert w.coordinator.epochs.active.plan.placement == chain
+    w.start_worker("w4")
+    c = w.coordinator
+    w.wait_until(lambda: len(c.fleet.links) == 9 and c.prober.complete, 5, "no links", step_s=0.01)
+    plan = plan_of(w.spec(), {NodeId("w0"): LayerRange(0, 3), NodeId("w4"): LayerRange(3, 6)})
+    w.push(plan)
+    return chain, plan
+
+
+def test_a_plan_whose_new_node_dies_while_it_loads_does_not_take_the_place_of_one_that_serves():
+    with world(1) as w:
+        chain, plan = coming_to_w4(w)
+        client = w.clients.ask((1, 2, 3), 60)
+        w.advance(0.03)
+        assert w.coordinator.epochs.coming.plan is plan
+        w.kill_worker("w4")
+        w.advance(0.05)
+        assert w.coordinator.readiness().ready
+        assert w.coordinator.epochs.active.plan.placement == chain
+        w.wait_until(lambda: client.outcome is not None, 30, "the stream does not end")
+        assert client.outcome == "finished"
+        assert client.generation.retries == 0
+        settle(w)
+
+
+def test_a_plan_whose_new_node_cannot_load_does_not_take_the_place_of_one_that_serves():
+    with world(1) as w:
+        chain, plan = coming_to_w4(w)
+        w.advance(0.03)
+        epochs = w.coordinator.epochs
+        assert epochs.coming.plan is plan
+        failed = EpochState(epochs.coming.epoch, "w4", "failed", 0, 3, "out of memory")
+        w.loop.do(lambda: epochs.on_state(failed))
+        w.advance(0.1)
+        assert epochs.active.plan.placement == chain
+        assert w.coordinator.readiness().ready
+        w.wrong[:] = [what for what in w.wrong if "node_failed" not in what]
+        settle(w)
+
+
+def test_a_plan_that_is_overtaken_while_it_loads_makes_room_for_the_next_one():
+    with world(1) as w:
+        for name in ("w1", "w2"):
+            w.start_worker(name)
+        w.wait_until(lambda: w.coordinator.epochs.coming is not None, 10, "no plan", step_s=0.01)
+        first = w.coordinator.epochs.coming.plan
+        w.advance(0.06)
+        one, other = sorted(first.placement)
+        w.push(plan_of(w.spec(), {one: first.placement[other], other: first.placement[one]}))
+        hosts = [host for daemon in w.workers.values() for host in daemon.worker.hosts.values()]
+        for _ in range(100):
+            w.advance(0.01)
+            # No more fit.
+            assert all(len(host.engine.loaded) <= 3 for host in hosts)
+        assert w.coordinator.epochs.active.plan.placement != first.placement
+        settle(w)
+
+
+def test_a_session_that_ends_as_soon_as_it_begins_is_not_begun_again_without_a_pause():
+    with world(1) as w:
+        w.start_worker("w0")
+        w.advance(3)
+        desk, joins = w.coordinator.desk, []
+        welcome = desk._on_hello
+
+        def welcome_and_hang_up(link: MemoryLink, hello: Hello, digests: bytes) -> None:
+            welcome(link, hello, digests)
+            joins.append(w.loop.time())
+            w.loop.call_later(0.01, link.kill)
+
+        desk._on_hello = welcome_and_hang_up
+        w.reset_link("w0", "hub")
+        w.advance(30)
+        assert 5 <= len(joins) < 25
+        desk._on_hello = welcome
         settle(w)
