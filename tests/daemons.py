@@ -161,7 +161,7 @@ class Daemons:
             lines = [line for line in answer.read().decode().splitlines() if line.startswith(name)]
         return {line[len(name) : line.rindex(" ")]: float(line.split()[-1]) for line in lines}
 
-    def wait_ready(self, within_s: float = 90.0) -> None:
+    def wait_ready(self, within_s: float = 240.0) -> None:
         self.wait(lambda: bool(self.get("/readyz")["ready"]), "the cluster to be ready", within_s)
 
     def wait(self, condition: Any, what: str, within_s: float = 30.0) -> None:

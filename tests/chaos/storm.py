@@ -22,10 +22,12 @@ from tests.daemons import Daemons
 HUB = "coordinator"
 WAITS_S = (0.0, 0.02, 0.1, 0.3, 1.0, 2.0)
 ENOUGH = 2
-"""Workers that can hold all layers: no step leaves fewer."""
-STEADY_S = 90.0
+"""Workers that can hold all layers: no step leaves fewer processes."""
+SPARED = 0.8
+"""How often nobody is hit while just enough have joined: processes take long to start, and somebody is to be served."""
+STEADY_S = 180.0
 """Everything that was started has joined, is measured and planned with: most of it is the start of processes."""
-CLIENTS_S = 60.0
+CLIENTS_S = 90.0
 
 
 class Storm:
@@ -63,7 +65,9 @@ class Storm:
         self._reap()
         steps = [self._submit] * 8 + [self._cancel] * 3 + [self._join] * 4 + [self._kill] * 3 + [self._stop] * 2
         steps += [self._cont] * 2 + [self._leave] * 2 + [self._restart_coordinator]
-        self._draw.choice(steps)()
+        before = self.did.total()
+        while self.did.total() == before:
+            self._draw.choice(steps)()
         time.sleep(self._draw.choice(WAITS_S))
         self._look()
 
@@ -115,6 +119,7 @@ class Storm:
         self._did("restart coordinator", fault=True)
         time.sleep(self._draw.choice((0.0, 0.5)))
         self.made.restart(HUB)
+        until(lambda: self._nodes() is not None, "the coordinator to answer", STEADY_S)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -185,7 +190,17 @@ class Storm:
 
     def _victim(self) -> str | None:
         able = sorted(set(self.made.all) - {HUB} - self._stopped - self._leaving)
-        return self._draw.choice(able) if len(able) > ENOUGH else None
+        nodes = self._nodes() or set()
+        if len(able) <= ENOUGH or (len(nodes & set(able)) <= ENOUGH and self._draw.random() < SPARED):
+            return None
+        return self._draw.choice(able)
+
+    def _nodes(self) -> set[str] | None:
+        """The workers that have joined; None while no coordinator answers."""
+        try:
+            return {node["id"] for node in self.made.get("/cluster")["nodes"]}
+        except (OSError, urllib.error.HTTPError):
+            return None
 
     def _reap(self) -> bool:
         """Forget those that have left; whether some have not yet."""

@@ -318,7 +318,9 @@ def test_c24_a_thousand_connections_that_never_finish_asking_keep_nobody_from_be
     assert max(lasted_s) < HEADERS_S + SLACK_S
 
 
-def test_c25_of_two_daemons_of_one_image_the_second_is_refused(made: Daemons, model: Model) -> None:
+def test_c25_of_two_daemons_of_one_image_the_newer_life_serves_and_the_other_is_refused(
+    made: Daemons, model: Model
+) -> None:
     """A machine's image that is started twice."""
     original = made.all["a"]
     state = json.loads((made.home / "a" / "identity.json").read_text())
@@ -335,6 +337,16 @@ def test_c25_of_two_daemons_of_one_image_the_second_is_refused(made: Daemons, mo
             made.all.pop("twin").kill()
     assert_whole(streams, model.texts[:AT_ONCE])
     [line] = [line for line in twin.text.splitlines() if " rejected " in line]
-    print(f"C25: {line}")
     assert "is linked with incarnation" in line
     assert original.process.poll() is None
+    print(f"C25: {line}")
+
+    # Started once more it has lived more often than the first, and passes for its next life.
+    with in_flight(made, model.prompts[:AT_ONCE], NEW) as streams:
+        made.all["a"] = twin = made.start("twin", *original.arguments)
+        del made.all["twin"]
+        assert original.wait_exit(120) == Exit.REJECTED
+    assert_whole(streams, model.texts[:AT_ONCE])
+    whole(made, len(STAGES))
+    twin.kill()
+    made.restart("a")
