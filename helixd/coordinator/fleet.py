@@ -63,8 +63,8 @@ class LinkFact:
 class Fleet:
     """Peers, nodes and links between peers, as they are now.
 
-    `cannot_dial`: (one, other) where a link can be made by the other one only, as if that is behind NAT. Remembered over
-    their lives, since a new life is on the same network.
+    `cannot_dial`: (one, other) where a link can be made by the other one only, as if that is behind NAT. Remembered
+    over their lives, since a new life is on the same network.
     """
 
     def __init__(self) -> None:
