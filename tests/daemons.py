@@ -155,7 +155,13 @@ class Daemons:
         with urllib.request.urlopen(f"{self.scheme}://{self.api}{path}", timeout=10, context=self.context) as answer:
             return json.load(answer)
 
-    def wait_ready(self, within_s: float = 90.0) -> None:
+    def figures(self, name: str) -> dict[str, float]:
+        """A metric's values by their labels."""
+        with urllib.request.urlopen(f"{self.scheme}://{self.api}/metrics", timeout=30, context=self.context) as answer:
+            lines = [line for line in answer.read().decode().splitlines() if line.startswith(name)]
+        return {line[len(name) : line.rindex(" ")]: float(line.split()[-1]) for line in lines}
+
+    def wait_ready(self, within_s: float = 240.0) -> None:
         self.wait(lambda: bool(self.get("/readyz")["ready"]), "the cluster to be ready", within_s)
 
     def wait(self, condition: Any, what: str, within_s: float = 30.0) -> None:

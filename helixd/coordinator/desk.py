@@ -14,8 +14,9 @@ import msgspec
 
 from helixd import __version__, logs
 from helixd.coordinator.admission import Admission
+from helixd.coordinator.drifting import DriftWatch
 from helixd.coordinator.epochs import Epochs
-from helixd.coordinator.fleet import Fleet, Peer
+from helixd.coordinator.fleet import AS_MEASURED, Fleet, Peer
 from helixd.coordinator.probing import Prober
 from helixd.coordinator.relay import Relay
 from helixd.coordinator.replanning import Replanner
@@ -24,6 +25,7 @@ from helixd.coordinator.weights import WeightCheck, WeightServer
 from helixd.ids import Attempt, NodeId, PeerId, SequenceId
 from helixd.plan.spec import COORDINATOR
 from helixd.protocol import messages as m
+from helixd.protocol import versions
 from helixd.protocol.codec import ProtocolError, from_frame, to_frame
 from helixd.sampling import TokenLogprobs
 from helixd.wire.link import Frame, FrameHandler, Link
@@ -42,7 +44,8 @@ class WorkerDesk:
 
     def __init__(
         self, fleet: Fleet, admission: Admission, epochs: Epochs, replanner: Replanner, prober: Prober,
-        weights: WeightServer, check: WeightCheck, relay: Relay, greeting: Greeting, tasks: asyncio.TaskGroup,
+        weights: WeightServer, check: WeightCheck, relay: Relay, drift: DriftWatch, greeting: Greeting,
+        tasks: asyncio.TaskGroup,
     ) -> None:  # fmt: skip
         self.failovers = 0
         self.closing = False
@@ -54,6 +57,7 @@ class WorkerDesk:
         self._weights = weights
         self._check = check
         self._relay = relay
+        self._drift = drift
         self._greeting = greeting
         self._tasks = tasks
         self._senders: dict[Link, list[asyncio.Task[None]]] = {}
@@ -65,6 +69,9 @@ class WorkerDesk:
     def on_lost(self, link: Link, reason: str) -> None:
         """A worker's link closed: what it held is gone, its sequences move."""
         self._stop_sending(link)
+        known = self._fleet.peers.get(link.peer)
+        if known is not None and known.link is link:
+            self._drift.on_peer_lost(known.id, [self._fleet.nodes[node] for node in known.nodes])
         peer = self._fleet.remove(link.peer, link)
         if peer is None:
             return
@@ -161,7 +168,7 @@ class WorkerDesk:
             log, logging.INFO, "worker_joined", worker=link.peer, name=hello.name, host=link.remote_host,
             nodes=[hardware.node for hardware in hello.nodes],
         )  # fmt: skip
-        version = m.common_version(hello.protocol, hello.oldest or hello.protocol)
+        version = versions.common_version(hello.protocol, hello.oldest or hello.protocol)
         assert version is not None
         welcome = msgspec.structs.replace(welcome, protocol=version)
         outbox.post(to_frame(welcome, config_json))
@@ -173,13 +180,13 @@ class WorkerDesk:
     def _why_not(self, hello: m.Hello, digests: bytes) -> m.Refused | None:
         welcome, _ = self._greeting()
         oldest = hello.oldest or hello.protocol
-        version = m.common_version(hello.protocol, oldest)
+        version = versions.common_version(hello.protocol, oldest)
         if version is None:
-            older = "the worker" if hello.protocol < m.OLDEST_VERSION else "the coordinator"
+            older = "the worker" if hello.protocol < versions.OLDEST_VERSION else "the coordinator"
             return m.Refused(
                 "version",
                 f"the worker ({hello.software}) speaks protocol {oldest} to {hello.protocol}, this coordinator (helixd "
-                f"{__version__}) {m.OLDEST_VERSION} to {m.PROTOCOL_VERSION}; upgrade {older}",
+                f"{__version__}) {versions.OLDEST_VERSION} to {versions.PROTOCOL_VERSION}; upgrade {older}",
                 True,
             )  # fmt: skip
         if hello.fingerprint and hello.fingerprint != welcome.fingerprint:
@@ -206,7 +213,8 @@ class WorkerDesk:
         for points in (message.prompt_layer_time_s, message.decode_layer_time_s):
             if any(high[0] <= low[0] for low, high in pairwise(points)):
                 raise ProtocolError(f"{peer.id} measured {message.node} at batch sizes that do not rise")
-        self._fleet.nodes[NodeId(message.node)].measured = message
+        node = self._fleet.nodes[NodeId(message.node)]
+        node.measured, node.slowdown = message, AS_MEASURED
         if all(self._fleet.nodes[n].measured is not None for n in peer.nodes):
             self._epochs.welcome_back(peer.nodes)
             self._prober.pump()
@@ -219,6 +227,7 @@ class WorkerDesk:
             self._admission.something_changed()
         if status.kv_capacity_token_layers:
             self._admission.ledger.set_capacity(node.id, status.kv_capacity_token_layers)
+        self._drift.on_status(node, status, time.monotonic())
 
     def step_took_too_long(self, lease: Lease, waited_s: float) -> None:
         """A sequence gives up its route since no token came: it, and others, keep off the device that hangs."""

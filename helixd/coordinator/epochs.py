@@ -147,6 +147,10 @@ class Epochs:
                     self._admission.ledger.set_capacity(node, plan.kv_token_layers[node])
             self._send(plan)
 
+    def uses(self, node: NodeId) -> bool:
+        """Whether a node holds layers of the active or the coming plan."""
+        return any(plan is not None and node in plan.plan.placement for plan in (self.active, self.coming))
+
     def relays(self, one: PeerId, other: PeerId) -> bool:
         """Whether a plan that is alive relays between these workers."""
         return any(frozenset((one, other)) in pairs for pairs in self._relayed.values())

@@ -5,6 +5,7 @@ A node's facts are what it said and what was measured; nothing is invented where
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from helixd.ids import Incarnation, NodeId, PeerId
 from helixd.protocol.messages import Hello, Measured, NodeHardware, NodeStatus
@@ -36,12 +37,22 @@ class Peer:
         self.parcels = Outbox(self.link, lambda: None)
 
 
+class Slowdown(NamedTuple):
+    """How many times longer than measured a node's layers are taken to take."""
+
+    prefill: float = 1.0
+    decode: float = 1.0
+
+
+AS_MEASURED = Slowdown()
+
+
 @dataclass(slots=True)
 class Node:
     """A device of a peer. `problem`: why it could not load lately; `failures`: how often it could not.
 
     `heard_s`: when `status` came. `hangs_after_steps`: how many steps it had done when it was seen to hang, None if it
-    does not.
+    does not. `slowdown` is what is planned with.
     """
 
     id: NodeId
@@ -53,6 +64,7 @@ class Node:
     failures: int = 0
     heard_s: float = 0.0
     hangs_after_steps: int | None = None
+    slowdown: Slowdown = AS_MEASURED
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,6 @@ import msgspec
 
 from helixd.sampling import SamplingParams
 
-PROTOCOL_VERSION = 2
-OLDEST_VERSION = 1
-"""Versions this daemon speaks, both inclusive: its own and the one before. Version 2 compares the weights."""
-RELAY_VERSION = 2
-"""From this version on a worker understands that the coordinator carries its rows."""
-
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=1000)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -29,6 +23,8 @@ Rate = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
 # Nor can a plan be made with numbers that only look like measurements: their ratios overflow.
 Point = tuple[Annotated[float, msgspec.Meta(ge=1e-3, le=1e9)], Annotated[float, msgspec.Meta(ge=1e-12, le=1e6)]]
 Points = Annotated[list[Point], msgspec.Meta(min_length=1, max_length=256)]
+Slowdown = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+"""Times of steps over those measured before any placement; 0: not known."""
 NodeState = Literal["loading", "ready", "failed"]
 
 
@@ -103,12 +99,6 @@ class Welcome(Message, frozen=True):
     def data(self) -> str:
         """What tells this model, data included, from every other."""
         return f"{self.fingerprint}-{self.weights}" if self.weights else self.fingerprint
-
-
-def common_version(newest: int, oldest: int) -> int | None:
-    """The newest version that we and a peer speaking `oldest` to `newest` have in common; None for none."""
-    version = min(newest, PROTOCOL_VERSION)
-    return version if version >= max(oldest, OLDEST_VERSION) else None
 
 
 class Refused(Message, frozen=True):
@@ -333,8 +323,22 @@ class LinkLost(Message, frozen=True):
     reason: Text
 
 
+class PathSeen(msgspec.Struct, frozen=True, array_like=True):
+    """What the data link to another worker is like at work; 0: not seen lately.
+
+    `goodput_bytes_per_s` is known only where rows wait for the link.
+    """
+
+    peer: Name
+    rtt_s: Seconds
+    goodput_bytes_per_s: Rate
+
+
 class NodeStatus(Message, frozen=True):
-    """Worker -> coordinator, every second: how a node is doing."""
+    """Worker -> coordinator, every second: how a node is doing.
+
+    `paths` are the worker's, told with the first of its nodes.
+    """
 
     KIND: ClassVar[int] = 19
     node: Name
@@ -349,6 +353,9 @@ class NodeStatus(Message, frozen=True):
     loop_lag_s: Seconds
     resident_bytes: Count
     weight_bytes_loaded: Count
+    prefill_slowdown: Slowdown = 0.0
+    decode_slowdown: Slowdown = 0.0
+    paths: Annotated[list[PathSeen], msgspec.Meta(max_length=1024)] = []
 
 
 class Fetch(Message, frozen=True):
@@ -382,3 +389,10 @@ class Left(Message, frozen=True):
     """Coordinator -> worker: nothing of mine runs on you any more; you may go."""
 
     KIND: ClassVar[int] = 23
+
+
+class Measure(Message, frozen=True):
+    """Coordinator -> worker: measure this node again, unless it holds layers of a live plan; answered by `Measured`."""
+
+    KIND: ClassVar[int] = 24
+    node: Name

@@ -81,6 +81,15 @@ class NodeHost:
         assert self.model is not None
         return await self._thread.run(self._backend.measure, self.setup, self.model, cache)
 
+    async def clear(self) -> bool:
+        """Give up layers and KV that no live epoch wants; False if one does."""
+        async with self._loading:
+            if self._ranges or self.runtime is None or self.runtime.open_sequences:
+                return False
+            await self._prune(set())
+            await self._thread.run(self.engine.set_kv_capacity, 0)
+        return True
+
     async def load(
         self, epoch: Epoch, layers: LayerRange, kv_token_layers: int, source: WeightSource,
         progress: Callable[[int, int], None],

@@ -23,6 +23,7 @@ from helixd.wire.peers import PeerNetwork
 from helixd.worker.backend import Backend, ModelSetup, WeightStore
 from helixd.worker.batcher import BatchLimits
 from helixd.worker.fetch import TensorFetcher
+from helixd.worker.gauge import SpeedGauge
 from helixd.worker.host import NodeHost
 from helixd.worker.node import NodeRuntime
 from helixd.worker.post import PostOffice
@@ -114,6 +115,7 @@ class Session:
             assert host.runtime is not None
             host.runtime.incarnation = self.link.incarnation
             times = await host.measure(measured)
+            host.runtime.gauge = SpeedGauge(times)
             self._post.to_coordinator(
                 m.Measured(
                     host.setup.node, list(times.prompt_layer_time_s), list(times.decode_layer_time_s)
@@ -134,6 +136,8 @@ class Session:
                 self._spawn(f"epoch {message.epoch}", self._follow, message)
             case m.EpochRetire():
                 self._spawn(f"retire below {message.epoch}", self._retire, Epoch(message.epoch))
+            case m.Measure():
+                self._spawn(f"measure {message.node} again", self._measure_again, NodeId(message.node))
             case m.Probe():
                 self._spawn(f"probe {message.peer}", self._probe, message)
             case m.Fetched():
@@ -230,6 +234,21 @@ class Session:
             logs.event(log, logging.INFO, "layers_loaded", epoch=epoch, node=assignment.node, layers=str(layers))
         await linked.wait()
         report("ready", len(layers))
+
+    async def _measure_again(self, node: NodeId) -> None:
+        """Tell what an idle device does now; one that serves shows it at work."""
+        await self._measured.wait()
+        host = self._hosts.get(node)
+        if host is None or not await host.clear():
+            return
+        try:
+            times = await host.measure(None)
+        except (MemoryError, RuntimeError) as error:
+            logs.event(log, logging.WARNING, "not_measured_again", node=node, reason=str(error)[:300])
+            return
+        assert host.runtime is not None
+        host.runtime.gauge = SpeedGauge(times)
+        self._post.to_coordinator(m.Measured(node, list(times.prompt_layer_time_s), list(times.decode_layer_time_s)))
 
     async def _retire(self, epoch: Epoch) -> None:
         for host in self._hosts.values():

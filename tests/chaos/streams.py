@@ -15,8 +15,11 @@ from typing import Any
 from tests.daemons import Daemons, Stream, add_tokenizer, byte_tokenizer, completion
 from tests.families import MARGIN, VOCAB, make_checkpoint, reference, reference_tokens
 
-PRINTABLE = range(33, 127)
-"""Ids that are text of their own."""
+LETTERS = range(1, 94)
+"""Ids that are ASCII characters: a prompt that ends within a character would be continued by the answer's text.
+
+Not 0, which the reference takes for padding.
+"""
 
 
 def clear_checkpoint(path: Path, count: int, new: int, longest: int = 40) -> list[list[int]]:
@@ -25,7 +28,7 @@ def clear_checkpoint(path: Path, count: int, new: int, longest: int = 40) -> lis
     add_tokenizer(path)
     draw, found = random.Random(1), list[list[int]]()
     while len(found) < count:
-        prompt = [draw.choice(PRINTABLE) for _ in range(draw.randint(4, longest))]
+        prompt = [draw.choice(LETTERS) for _ in range(draw.randint(4, longest))]
         if reference(path, tuple(prompt), new).margin > MARGIN:
             found.append(prompt)
     return found

@@ -1,8 +1,13 @@
-"""Three stages with two replicas each lose workers again and again, by force and by rolling restart (C1, C20)."""
+"""Three stages with two replicas each lose workers again and again, by force and by rolling restart (C1, C20).
 
+And one of sixteen clients stops reading (C12).
+"""
+
+import json
 import random
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +32,7 @@ from tests.chaos.streams import (
     used,
     whole,
 )
-from tests.daemons import Daemons, completion, daemons
+from tests.daemons import Daemons, Stream, completion, daemons
 
 pytestmark = pytest.mark.chaos
 
@@ -36,6 +41,7 @@ NEW = 128
 SHORT = 32
 """Tokens of a request of the rolling restart: several begin and end while one worker is away."""
 ROUNDS = examples(5, 20)
+WRITE_STALL_S = examples(3, 30)
 ROLLS = examples(1, 8)
 EVERY_S = 0.25
 STAGES = {"a1": (0, 2), "a2": (0, 2), "b1": (2, 4), "b2": (2, 4), "c1": (4, 6), "c2": (4, 6)}
@@ -65,7 +71,8 @@ def texts(model: tuple[Path, list[list[int]]]) -> list[str]:
 def running(tmp_path_factory: pytest.TempPathFactory, model: tuple[Path, list[list[int]]]) -> Iterator[Daemons]:
     with daemons(tmp_path_factory.mktemp("pairs")) as made:
         dead_after = ("--set", f"cluster.timers.dead_after={DEAD_AFTER_S}s")
-        made.pinned_cluster(model[0], STAGES, *dead_after, worker=dead_after)
+        write_stall = ("--set", f"api.limits.write_stall={WRITE_STALL_S}s")
+        made.pinned_cluster(model[0], STAGES, *dead_after, *write_stall, worker=dead_after)
         made.wait_ready()
         yield made
 
@@ -104,6 +111,60 @@ def test_c1_a_middle_worker_is_killed_at_any_token_and_no_client_notices(
     )
     assert moved >= ROUNDS
     assert max(longest_s) < DEAD_AFTER_S + MARGIN_S
+
+
+def stops_reading(made: Daemons, prompt: list[int]) -> socket.socket:
+    """A client that asks for a long answer, and reads its first bytes. Little of the rest fits on the way to it."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+    host, port = made.api.split(":")
+    client.connect((host, int(port)))
+    body = {"model": "m", "prompt": prompt, "max_tokens": 450, "stream": True, "logprobs": 20, "ignore_eos": True}
+    data = json.dumps({**body, "temperature": 0}).encode()
+    client.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(data)
+    )
+    client.sendall(data)
+    assert client.recv(64).startswith(b"HTTP/1.1 200 ")
+    return client
+
+
+def test_c12_a_client_that_stops_reading_is_cut_off_and_the_others_do_not_wait_for_it(
+    made: Daemons, prompts: list[list[int]], texts: list[str]
+) -> None:
+    with in_flight(made, prompts, NEW) as calm:
+        pass
+    aborts = made.figures("helixd_slow_client_aborts_total")[""]
+    client = stops_reading(made, prompts[0])
+    began_s = time.monotonic()
+    with in_flight(made, prompts[1:], NEW) as streams:
+        pass
+    others_s = time.monotonic() - began_s
+    assert_whole(streams, texts[1:])
+    until(lambda: made.figures("helixd_slow_client_aborts_total")[""] > aborts, "the cut", WRITE_STALL_S + MARGIN_S)
+    cut_s = time.monotonic() - began_s
+    made.wait_idle()
+    client.settimeout(10)
+    rest = b""
+    try:
+        while data := client.recv(65536):
+            rest += data
+    except ConnectionError:
+        pass
+    client.close()
+    token_s = [sum(map(mean_gap_s, some)) / len(some) for some in (calm[1:], streams)]
+    print(
+        f"C12: cut off {cut_s:.1f} s after its last read; {len(streams)} others exact and done after {others_s:.1f} s,"
+        f" {token_s[1] * 1e3:.1f} ms a token beside {token_s[0] * 1e3:.1f} ms when it reads"
+    )
+    assert cut_s > WRITE_STALL_S
+    assert b"[DONE]" not in rest
+
+
+def mean_gap_s(stream: Stream) -> float:
+    return sum(stream.gaps_s) / len(stream.gaps_s)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from helixd.layers import LayerRange
 from helixd.plan.plan import Hop, Plan
 from helixd.plan.spec import COORDINATOR
 from helixd.protocol import messages as m
+from helixd.protocol import versions
 from helixd.protocol.codec import from_frame
 from helixd.wire.frames import encode_small_head
 from helixd.wire.link import Frame
@@ -33,7 +34,9 @@ def fleet_of(count: int) -> tuple[Fleet, list[Posted]]:
     fleet, boxes = Fleet(), []
     for number in range(count):
         name = f"machine-in-some-rack-{number:04}"
-        hello = m.Hello(m.PROTOCOL_VERSION, [m.NodeHardware(name, "cpu", "x", 1 << 30, 1 << 30)], "", "", 7071, "x")
+        hello = m.Hello(
+            versions.PROTOCOL_VERSION, [m.NodeHardware(name, "cpu", "x", 1 << 30, 1 << 30)], "", "", 7071, "x"
+        )
         boxes.append(Posted())
         link: Any = object()
         box: Any = boxes[-1]

@@ -37,6 +37,7 @@ EXAMPLES: list[m.Message] = [
     m.Fetched(1, "F32", [2, 2], ""),
     m.Leave("SIGTERM"),
     m.Left(),
+    m.Measure("n"),
 ]  # fmt: skip
 
 

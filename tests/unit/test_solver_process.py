@@ -204,3 +204,12 @@ async def test_a_process_that_cannot_be_started_is_the_same_error(monkeypatch: p
     monkeypatch.setattr(process, "COMMAND", ("/nowhere/python",))
     with pytest.raises(PlannerFailed, match="cannot be started"):
         await solve(job())
+
+
+@pytest.mark.parametrize("time_limit_s", [1e10, 1e22])
+async def test_a_time_limit_beyond_what_an_alarm_can_be_set_to_is_no_limit(time_limit_s: float) -> None:
+    alone = cluster(equal_nodes(1, max_layers=8), 8)
+    async with asyncio.timeout(60):
+        outcome = await solve(Job(alone, time_limit_s=time_limit_s))
+    assert outcome.final
+    assert outcome.cut_off is None

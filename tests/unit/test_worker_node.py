@@ -20,6 +20,7 @@ from helixd.wire.options import WireOptions
 from helixd.worker.batcher import BatchLimits, Pass
 from helixd.worker.compute import NodeCompute
 from helixd.worker.node import NodeRuntime
+from helixd.worker.results import tokens
 from helixd.worker.steps import DrawnToken
 from helixd.worker.threads import ComputeThread
 
@@ -40,6 +41,7 @@ class BookEngine:
         self.batches: list[list[StageWork]] = []
         self.full: set[int] = set()  # lengths at which there is no room
         self.kv_used_token_layers = self.kv_capacity_token_layers = 0
+        self.layers_s = 0.0
         self._last_layer = last_layer
 
     def open(self, spec: SequenceSpec) -> None:
@@ -384,9 +386,8 @@ async def test_the_tokens_of_a_large_batch_fit_into_messages_with_all_that_may_b
         for handle in range(1, 513):
             world.node.on_open(*opening(1 << 40 | handle, WHOLE))
             drawn.append(DrawnToken(Pass(SequenceId(handle), 99_999, 99_998, 1, True, 0.0), 150_000, best))
-        world.node._send_tokens(drawn)
-        messages = world.mail.of(m.Tokens)
-        assert sum(len(message.drawn) for message in messages) == 512  # type: ignore[attr-defined]
+        messages = list(tokens(world.node._book, world.node.node, drawn))
+        assert sum(len(message.drawn) for message in messages) == 512
         for message in messages:
             encode_small_head(message.KIND, to_frame(message).body, None, WireOptions().max_body_bytes)
 

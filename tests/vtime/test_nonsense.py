@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from helixd.errors import PeerLost
 from helixd.protocol import messages as m
+from helixd.protocol import versions
 from helixd.protocol.codec import MESSAGE_TYPES, ProtocolError, from_frame, to_frame
 from helixd.wire.link import Frame
 from tests.budget import examples
@@ -87,7 +88,7 @@ def join_as_rogue(w: World, to: str, hello: bool) -> ProcessEndpoint:
             link = await endpoint.dial(to, PORT, 5.0)
             if hello:
                 hardware = [m.NodeHardware("rogue", "cpu", "x", 1 << 20, 1 << 20)]
-                await link.send(to_frame(m.Hello(m.PROTOCOL_VERSION, hardware, "", "rogue", PORT, "x")))
+                await link.send(to_frame(m.Hello(versions.PROTOCOL_VERSION, hardware, "", "rogue", PORT, "x")))
             await w.loop.create_future()
 
     process.spawn(live(), "rogue")
@@ -176,7 +177,7 @@ def test_a_worker_says_hello_once() -> None:
         w.advance(4)
         endpoint = join_as_rogue(w, HUB, hello=True)
         others = [m.NodeHardware("another", "cpu", "x", 1 << 20, 1 << 20)]
-        say(w, endpoint, HUB, m.Hello(m.PROTOCOL_VERSION, others, "", "rogue", PORT, "x"), None)
+        say(w, endpoint, HUB, m.Hello(versions.PROTOCOL_VERSION, others, "", "rogue", PORT, "x"), None)
         w.advance(1)
         w.loop.do(lambda: w.network.kill(endpoint))
         w.advance(1)
