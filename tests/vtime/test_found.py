@@ -8,7 +8,6 @@ from helixd.model.safetensors_header import TensorRef
 from helixd.plan.plan import Plan
 from helixd.protocol.codec import from_frame, to_frame
 from helixd.protocol.messages import (
-    PROTOCOL_VERSION,
     Activations,
     EpochPush,
     EpochState,
@@ -18,6 +17,7 @@ from helixd.protocol.messages import (
     NodeHardware,
     Part,
 )
+from helixd.protocol.versions import PROTOCOL_VERSION
 from helixd.wire.link import Frame
 from helixd.wire.memory_link import MemoryLink
 from helixd.wire.peers import PeerIdentity
