@@ -284,9 +284,11 @@ class WorkerDesk:
         logs.event(log, logging.INFO, "worker_leaves", worker=peer.id, reason=message.reason)
         peer.draining = True
         nodes = frozenset(peer.nodes)
-        self._admission.break_where(
-            lambda lease: not nodes.isdisjoint(lease.route.nodes), "draining", f"worker {peer.id} is leaving"
-        )
+        # Where nothing else serves, what runs there had better end there; another plan that serves takes it over.
+        if self._admission.has_pipeline():
+            self._admission.break_where(
+                lambda lease: not nodes.isdisjoint(lease.route.nodes), "draining", f"worker {peer.id} is leaving"
+            )
         self._replanner.something_changed()
         self.release_drained_peers()
 

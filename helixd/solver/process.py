@@ -67,8 +67,7 @@ class Outcome:
 async def solve(job: Job, *, on_progress: Callable[[Doing], None] | None = None) -> Outcome:
     """Do a job in a child process. The outcome has a plan, at least one from before the search.
 
-    Raises Infeasible if no placement serves the model, PlannerFailed if the process did not start, or ended without
-    any plan.
+    Raises Infeasible if no placement serves the model, PlannerFailed if the process did not start or gave no plan.
     """
     outcome = Outcome()
     limit_s = job.longest_s + GRACE_S

@@ -73,7 +73,7 @@ class Dialer:
                     bulk.ws, new_hello(self._meetings.identity, Purpose.BULK, token), self._secret, where
                 )
                 if (await shake.greet()).identity != them:
-                    raise HandshakeFailed(CloseCode.REFUSED, f"{them.peer} changed while it was dialed")
+                    raise HandshakeFailed(CloseCode.NOT_NOW, f"{them.peer} changed while it was dialed")
                 self._meetings.check_certificate(bulk, them)
                 await shake.prove()
                 bulk_stream = self._meetings.take_over(bulk, Purpose.BULK)

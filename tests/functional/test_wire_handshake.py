@@ -170,6 +170,11 @@ async def silence(_: web.WebSocketResponse) -> None:
     await asyncio.Event().wait()
 
 
+async def restart_between_sockets(ws: web.WebSocketResponse) -> None:
+    await listen_honestly(ws, identity("far"))
+    await asyncio.Event().wait()
+
+
 async def never_grant(ws: web.WebSocketResponse) -> None:
     await listen_honestly(ws, _FAR)
     await asyncio.Event().wait()
@@ -198,6 +203,7 @@ _FAR = identity("far")
         (chat, PeerLost, "only binary"),
         (flood, PeerLost, "too large"),
         (hang_up, PeerRefused, "house full"),
+        (restart_between_sockets, PeerLost, "changed while"),
         (vanish, PeerLost, "closed the connection"),
         (silence, PeerLost, "no link within 0.4 s"),
         (never_grant, PeerLost, r"no link within 0.4 s|sent no setup"),

@@ -8,7 +8,6 @@ from helixd.model.safetensors_header import TensorRef
 from helixd.plan.plan import Plan
 from helixd.protocol.codec import from_frame, to_frame
 from helixd.protocol.messages import (
-    PROTOCOL_VERSION,
     Activations,
     EpochPush,
     EpochState,
@@ -18,6 +17,7 @@ from helixd.protocol.messages import (
     NodeHardware,
     Part,
 )
+from helixd.protocol.versions import PROTOCOL_VERSION
 from helixd.wire.link import Frame
 from helixd.wire.memory_link import MemoryLink
 from helixd.wire.peers import PeerIdentity
@@ -356,4 +356,38 @@ def test_a_coordinator_that_forgot_how_often_it_has_lived_is_not_taken_for_the_o
         client = w.clients.ask((4, 5, 6), 4)
         w.wait_until(lambda: client.outcome is not None, 5, "its route leads nowhere")
         assert client.outcome == "finished"
+        settle(w)
+
+
+def test_a_worker_that_leaves_and_cannot_be_done_without_finishes_what_it_has():
+    with world(1) as w:
+        for name in ("w1", "w2"):
+            w.start_worker(name)
+        w.advance(4)
+        client = w.clients.ask((1, 2, 3), 100)
+        w.advance(0.5)
+        w.leave("w1")
+        w.wait_until(lambda: client.outcome is not None, 25, "it does not end")
+        assert client.outcome == "finished"
+        assert client.generation.retries == 0
+        w.wait_until(lambda: w.workers["w1"].main.done(), 1, "it is not released")
+        w.forget_left()
+        settle(w)
+
+
+def test_what_runs_on_a_leaving_worker_moves_as_soon_as_another_plan_serves():
+    with world(1) as w:
+        for name in ("w1", "w2"):
+            w.start_worker(name)
+        w.advance(4)
+        client = w.clients.ask((1, 2, 3), 100)
+        w.advance(0.5)
+        w.leave("w1")
+        w.start_worker("w4")
+        w.wait_until(lambda: w.workers["w1"].main.done(), 12, "it is not released")
+        assert client.outcome is None
+        w.wait_until(lambda: client.outcome is not None, 25, "it does not end")
+        assert client.outcome == "finished"
+        assert client.generation.retries == 1
+        w.forget_left()
         settle(w)
