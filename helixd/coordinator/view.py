@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -86,6 +87,15 @@ def cluster_view(c: Coordinator) -> Mapping[str, object]:
             "failovers": c.desk.failovers,
             "preemptions": c.admission.preemptions,
         },
+        "drift": [
+            {
+                "subject": event.subject,
+                "age_s": round(time.monotonic() - event.at_s, 1),
+                "what": event.sentence,
+                "decision": event.decision or None,
+            }
+            for event in reversed(c.drift.events)
+        ],
         "relay": {
             "carried_frames": c.relay.carried_frames,
             "carried_bytes": c.relay.carried_bytes,
@@ -145,6 +155,12 @@ def _node_view(c: Coordinator, node_id: NodeId) -> Mapping[str, object]:
         "note": c.replanner.notes.get(node_id),
         "problem": _problem(node, confirmed),
         "kv_reserved_token_layers": ledger.used(node_id),
+        "slowdown": {
+            "prefill": status.prefill_slowdown or None if status is not None else None,
+            "decode": status.decode_slowdown or None if status is not None else None,
+            "planned_with": {"prefill": node.slowdown.prefill, "decode": node.slowdown.decode},
+            "off_for_s": c.drift.off_for_s(node, time.monotonic()),
+        },
         "measured": None
         if measured is None
         else {
