@@ -1,4 +1,7 @@
-"""Writing a small file whole or not at all: what is read later is the old content or the new, never half of either."""
+"""Writing a small file whole or not at all: what is read later is the old content or the new, never half of either.
+
+And how a model's directory is called, which its checkpoint and the configuration must both know.
+"""
 
 import os
 from pathlib import Path
@@ -21,3 +24,12 @@ def write_whole(path: Path, text: str) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def served_name(model_dir: Path) -> str:
+    """The directory's name; `org/name` for a snapshot in a Hugging Face cache (`models--org--name/snapshots/...`)."""
+    path = model_dir.resolve()
+    cache_entry = path.parent.parent.name
+    if path.parent.name == "snapshots" and cache_entry.startswith("models--"):
+        return cache_entry.removeprefix("models--").replace("--", "/")
+    return path.name or "model"

@@ -3,7 +3,8 @@
 from helixd.commands.failure import CommandFailed
 from helixd.errors import ModelError
 from helixd.exits import Exit
-from helixd.model.checkpoint import resolve_model, served_name
+from helixd.files import served_name
+from helixd.model.checkpoint import resolve_model
 from helixd.model.config import load_config
 from helixd.model.decoder import DTYPE_BYTES, DecoderConfig
 from helixd.model.sizes import embedding_bytes, head_bytes, layer_bytes

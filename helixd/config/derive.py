@@ -10,6 +10,7 @@ from helixd.config.kinds import DEMO_MODEL, UNSET_ADDRESS, UNSET_PATH
 from helixd.config.schema import KeyPath
 from helixd.config.sections import Config
 from helixd.config.sources import xdg_directory
+from helixd.files import served_name
 
 COORDINATOR_PEER_PORT = 7070
 WORKER_PEER_PORT = 7071
@@ -29,7 +30,7 @@ def derive(config: Config, env: Mapping[str, str]) -> tuple[Config, dict[KeyPath
         node = dataclasses.replace(node, name=socket.gethostname())
         origins["node", "name"] = "default, the host's name"
     if not model.name and model.path:
-        name = DEMO_MODEL if model.path == DEMO_MODEL else Path(model.path).resolve().name
+        name = DEMO_MODEL if model.path == DEMO_MODEL else served_name(Path(model.path))
         model = dataclasses.replace(model, name=name)
         origins["model", "name"] = "default, from model.path"
     if cluster.listen == UNSET_ADDRESS:

@@ -24,8 +24,9 @@ ModelDType = Literal["auto", "float32", "float16", "bfloat16"]
 class NodeConfig:
     """This daemon's identity and its directories."""
 
-    id: str = key("", kinds.TEXT, "Identity in the cluster. Empty: made once and kept in state_dir.")
-    name: str = key("", kinds.TEXT, "Name for people, in logs and /cluster. Empty: the host's name.")
+    # A worker beside a coordinator, and one with several devices, make longer names of it; a peer's has 200 bytes.
+    id: str = key("", kinds.name(180), "Identity in the cluster. Empty: made once and kept in state_dir.")
+    name: str = key("", kinds.name(255), "Name for people, in logs and /cluster. Empty: the host's name.")
     state_dir: Path = key(
         kinds.UNSET_PATH, kinds.PATH,
         "Where identity, measurements and the last epoch are kept. Empty: $STATE_DIRECTORY, else"
@@ -57,7 +58,10 @@ class ModelConfig:
         'Directory of a Hugging Face checkpoint, or "demo" for the small model in the package. The coordinator needs'
         " it; a worker may leave it empty.",
     )  # fmt: skip
-    name: str = key("", kinds.TEXT, "Name clients ask for. Empty: the directory's name.")
+    name: str = key(
+        "", kinds.name(255),
+        "Name clients ask for. Empty: the directory's name, or org/name for a snapshot in a Hugging Face cache.",
+    )  # fmt: skip
     dtype: ModelDType = key(
         "auto", kinds.choice("auto", "float32", "float16", "bfloat16"),
         "Type the weights are held and computed in. auto: the checkpoint's own.",
@@ -253,6 +257,12 @@ class PlannerConfig:
         0.1, kinds.number(0, 10), "Move layers only if that is predicted to raise throughput by this share."
     )
     replan_cooldown_s: float = key(60.0, kinds.duration(zero=True), "Least time between two plans that move layers.")
+    drift_factor: float = key(
+        2.0, kinds.number(1.1, 1000),
+        "A node whose layers take so many times longer (or shorter) than planned with, or a link that carries so many"
+        " times less (or more), has drifted: a plan is made with what is measured.",
+    )  # fmt: skip
+    drift_hold_s: float = key(60.0, kinds.duration(), "It has only drifted when it was off for longer than this.")
     wait_for_nodes: int = key(1, kinds.integer(1), "Nodes that must have joined before the first plan.")
     settle_s: float = key(1.0, kinds.duration(zero=True), "Wait for further nodes after one joined, before planning.")
     load_speed_bytes: int = key(

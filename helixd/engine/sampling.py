@@ -71,7 +71,9 @@ class SamplerState:
             ids = torch.tensor(list(self._seen), device=logits.device)
             values = logits[ids]
             penalty = params.repetition_penalty
-            logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
+            # A tiny penalty could make infinities, whose differences are no numbers.
+            raised = torch.where(values > 0, values / penalty, values * penalty)
+            logits[ids] = raised.clamp_(max=torch.finfo(logits.dtype).max)
         if self._output:
             ids = torch.tensor(list(self._output), device=logits.device)
             counts = torch.tensor(list(self._output.values()), device=logits.device, dtype=logits.dtype)
@@ -90,7 +92,7 @@ class SamplerState:
 def sample(logits: Tensor, states: Sequence[SamplerState], positions: Sequence[int]) -> list[int]:
     """Draw row i's token for `positions[i]` from float32 `logits [n, vocab]` and record it in its state.
 
-    Raises ValueError as `SamplerState.check` does.
+    Raises ValueError as `SamplerState.check` does, and where the model computed something that is no finite number.
     """
     for state, position in zip(states, positions, strict=True):
         state.rewind(position)
@@ -99,7 +101,13 @@ def sample(logits: Tensor, states: Sequence[SamplerState], positions: Sequence[i
         logits = logits.clone()
         for index in shaped:
             states[index].shape(logits[index])
-    tokens: list[int] = best_tokens(logits).tolist()
+    best = best_tokens(logits)
+    if not bool(torch.isfinite(logits.gather(-1, best.unsqueeze(-1))).all()):
+        raise ValueError(
+            "the model computed logits that are not finite numbers; its weights may be damaged, or model.dtype too "
+            'narrow for them: try "bfloat16" or "float32"'
+        )
+    tokens: list[int] = best.tolist()
     drawn = [index for index, state in enumerate(states) if not state.params.greedy]
     if drawn:
         params = [states[index].params for index in drawn]
@@ -126,8 +134,10 @@ def best_tokens(logits: Tensor) -> Tensor:
 def _draw(logits: Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> list[int]:
     """Row i's token for the uniform number `numbers[i]`."""
     device = logits.device
-    temperatures = torch.tensor([p.temperature for p in params], device=device).unsqueeze(-1)
-    # The best is taken off first, so that a tiny temperature divides differences and cannot overflow.
+    # What float32 cannot hold would be 0. The best is taken off first, so that a tiny temperature divides differences
+    # and cannot overflow.
+    least = torch.finfo(logits.dtype).tiny
+    temperatures = torch.tensor([max(p.temperature, least) for p in params], device=device).unsqueeze(-1)
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperatures
     for row, p in enumerate(params):
         if 0 < p.top_k < scaled.shape[-1]:

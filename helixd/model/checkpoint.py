@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from helixd.errors import ModelError
+from helixd.files import served_name
 from helixd.model.chat import ChatTemplate
 from helixd.model.config import parse_config
 from helixd.model.decoder import DTYPE_BYTES, DecoderConfig
@@ -106,15 +107,6 @@ def resolve_model(model: str) -> Path:
             f"or {DEMO!r} for the packaged demo model (nothing is downloaded)"
         )
     return path.resolve()
-
-
-def served_name(model_dir: Path) -> str:
-    """The directory's name; `org/name` for a snapshot in a Hugging Face cache (`models--org--name/snapshots/...`)."""
-    path = model_dir.resolve()
-    cache_entry = path.parent.parent.name
-    if path.parent.name == "snapshots" and cache_entry.startswith("models--"):
-        return cache_entry.removeprefix("models--").replace("--", "/")
-    return path.name or "model"
 
 
 def parse_eos_ids(data: dict[str, object], where: str) -> tuple[int, ...]:

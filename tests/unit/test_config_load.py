@@ -51,6 +51,16 @@ def test_defaults_are_usable(env: dict[str, str]) -> None:
     assert config.node.state_dir == Path(env["HOME"]) / ".local/state/helixd"
 
 
+def test_a_model_without_a_name_is_called_as_its_checkpoint_is(tmp_path: Path, env: dict[str, str]) -> None:
+    """A snapshot's own directory is called by a hash that nobody would ask for."""
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    for path, name in ((snapshot, "org/tiny"), (tmp_path, tmp_path.name)):
+        assert load_config([flag("model.path", str(path))], env).model.name == name
+    named = load_config([flag("model.path", str(snapshot)), flag("model.name", "mine")], env)
+    assert named.model.name == "mine"
+
+
 def test_flags_beat_environment_beats_file_beats_defaults(tmp_path: Path, env: dict[str, str]) -> None:
     file = write(tmp_path, 'model.path = "demo"\n[engine]\nmax_batch_sequences = 2\nmax_batch_tokens = 300\n')
     env |= {"HELIXD_ENGINE__MAX_BATCH_SEQUENCES": "3", "HELIXD_LOG__LEVEL": "debug"}
@@ -122,6 +132,15 @@ def test_a_file_that_cannot_be_read_is_a_problem(tmp_path: Path, env: dict[str, 
     assert "cannot be read" in problems(DEMO, env=env, file=tmp_path / "absent.toml")[0]
     (tmp_path / "latin.toml").write_bytes(b"# caf\xe9\n")
     assert "not UTF-8" in problems(DEMO, env=env, file=tmp_path / "latin.toml")[0]
+
+
+def test_a_variable_for_a_pin_is_told_where_pins_go(env: dict[str, str]) -> None:
+    """Nodes have names that variables cannot have; the advice must not be the very name that was given."""
+    found = problems(DEMO, env=env | {"HELIXD_PLANNER__PINS__GPU1__EXCLUDE": "true"})
+    assert found == [
+        "$HELIXD_PLANNER__PINS__GPU1__EXCLUDE: planner.pins cannot be set by a variable, which cannot have a node's "
+        "name; use the file, or --set 'planner.pins.\"node-id\".KEY=VALUE'"
+    ]
 
 
 def test_where_the_file_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

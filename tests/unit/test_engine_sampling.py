@@ -81,6 +81,37 @@ def test_tiny_temperature_is_the_best_token_and_zero_is_greedy() -> None:
     assert draw(dataclasses.replace(PLAIN, temperature=0.0), count=50)[0] == 1.0
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-40, 1e-38])
+def test_a_temperature_that_float32_cannot_hold_is_the_best_token(temperature: float) -> None:
+    assert draw(dataclasses.replace(PLAIN, temperature=temperature), count=5)[0] == 1.0
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-45, 1e-40, 1e-38])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_tiny_repetition_penalty_favours_what_was_there(penalty: float, temperature: float) -> None:
+    logits = torch.tensor([[0.5, 3.0, 1.0, -1.0, 0.0]])
+    params = dataclasses.replace(PLAIN, repetition_penalty=penalty, temperature=temperature)
+    assert sample(logits, [SamplerState(params, 2, (2, 4))], [2]) == [2]
+    # Of two that end at the same largest number either may come, and nothing else.
+    several = [SamplerState(dataclasses.replace(params, choice=choice), 2, (2, 0)) for choice in range(20)]
+    assert set(sample(logits.expand(20, -1), several, [2] * 20)) <= {0, 2}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("vocab", [5, 128])
+def test_logits_that_are_no_numbers_are_refused_before_anything_is_recorded(
+    value: float, temperature: float, vocab: int
+) -> None:
+    logits = torch.zeros(2, vocab)
+    logits[1, 3] = value
+    params = dataclasses.replace(PLAIN, temperature=temperature, presence_penalty=1.0)
+    states = [SamplerState(params, 1, (0,)) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"not finite.*model\.dtype"):
+        sample(logits, states, [1, 1])
+    assert all(0 <= token < vocab for token in sample(torch.zeros(2, vocab), states, [1, 1]))
+
+
 @pytest.mark.parametrize("vocab", [64, 640, 650])
 def test_best_tokens_are_the_first_best(vocab: int) -> None:
     logits = torch.randint(0, 50, (40, vocab), generator=torch.Generator().manual_seed(1)).float()

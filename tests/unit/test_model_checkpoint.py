@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from helixd.errors import ModelError
-from helixd.model.checkpoint import Checkpoint, parse_eos_ids, resolve_model, served_name
+from helixd.files import served_name
+from helixd.model.checkpoint import Checkpoint, parse_eos_ids, resolve_model
 from helixd.model.config import parse_config
 from helixd.model.names import layer_weights
 from tests.unit.model_families import tiny_checkpoint

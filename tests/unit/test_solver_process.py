@@ -22,6 +22,8 @@ from helixd.solver.job import AnyAnswer, Doing, Failed, Found, Job
 from helixd.solver.process import COMMAND, PlannerFailed, solve
 from tests.unit.plan_worlds import cluster, equal_nodes, node
 
+ROOT = Path(__file__).parents[2]
+
 
 def spec(num_layers: int = 8) -> ClusterSpec:
     return cluster(equal_nodes(3, max_layers=4), num_layers=num_layers)
@@ -35,6 +37,13 @@ def held_already() -> ClusterSpec:
     plain = spec()
     held = {"n0": LayerRange(0, 4), "n1": LayerRange(4, 8)}
     return replace(plain, nodes=tuple(replace(n, current_range=held.get(n.id)) for n in plain.nodes))
+
+
+@pytest.fixture(autouse=True)
+def _cores_stay_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where cores are written at all, that of a process that is made to crash goes where it was started."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
@@ -189,3 +198,19 @@ def test_ctrl_c_is_the_parents_to_act_on() -> None:
     assert child.returncode == 0
     assert out
     assert err == b""
+
+
+async def test_a_process_that_cannot_be_started_is_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its program may have been replaced by an upgrade; whoever serves goes on with the plan there is."""
+    monkeypatch.setattr(process, "COMMAND", ("/nowhere/python",))
+    with pytest.raises(PlannerFailed, match="cannot be started"):
+        await solve(job())
+
+
+@pytest.mark.parametrize("time_limit_s", [1e10, 1e22])
+async def test_a_time_limit_beyond_what_an_alarm_can_be_set_to_is_no_limit(time_limit_s: float) -> None:
+    alone = cluster(equal_nodes(1, max_layers=8), 8)
+    async with asyncio.timeout(60):
+        outcome = await solve(Job(alone, time_limit_s=time_limit_s))
+    assert outcome.final
+    assert outcome.cut_off is None
