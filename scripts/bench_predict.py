@@ -31,6 +31,8 @@ from helixd.sim.load import Lengths, Offline
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CLUSTERS = ("single24-llama70b", "distributed24-llama70b", "heterogeneous42-llama70b")
 ASKED = 0.9
+# Over slow links it takes minutes until a cluster is full; before that it computes prompts above all.
+WARMUP_S = 240.0
 # Most that are taken of a search's own: many of them say the same thing.
 _FROM_SEARCH = 24
 
@@ -99,7 +101,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", default=list(CLUSTERS), help="only these clusters")
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder with clusters/ and traces/")
     parser.add_argument("--count", type=int, default=40, help="placements per cluster (default 40)")
-    parser.add_argument("--measure", type=float, default=240.0, help="simulated seconds, after 120 (default 240)")
+    parser.add_argument("--measure", type=float, default=240.0, help="simulated seconds, after 240 (default 240)")
     parser.add_argument("--rows", action="store_true", help="print every placement")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -121,7 +123,7 @@ def main() -> int:
             if prediction is None:
                 continue
             plan = judged(holding, placement, method="", flow=flow, prediction=prediction, check=False)
-            load = Offline(warmup_s=120.0, measure_s=options.measure)
+            load = Offline(warmup_s=WARMUP_S, measure_s=options.measure)
             report = HelixdPolicy().run(spec, plan, load, lengths, seed=options.seed)
             predicted.append(prediction.decode_tokens_per_s)
             simulated.append(report.decode_tokens_per_s)
