@@ -175,7 +175,8 @@ class Daemon:
             facts["requests_waiting"] = self.coordinator.admission.waiting
         if self.worker is not None:
             facts["queues"] = [
-                f"{node}: {host.runtime.open_sequences} sequences, {host.runtime.queued_tokens} tokens queued"
+                f"{node}: {host.runtime.open_sequences} sequences, {host.runtime.queued_tokens} tokens queued,"
+                f" {host.engine.kv_pages_used} KV pages"
                 for node, host in self.worker.hosts.items()
                 if host.runtime is not None
             ]

@@ -87,13 +87,15 @@ class Daemons:
     peers: str = ""
     environ: dict[str, str] = field(default_factory=dict)
     program: tuple[str, ...] = ("-m", "helixd")
+    launchers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Words to put before those of the daemon of that name."""
     scheme: str = "http"
     context: ssl.SSLContext | None = None
 
     def start(self, name: str, *arguments: str) -> Daemon:
         log = self.home / f"{name}.log"
         words = [
-            sys.executable, *self.program, "--state-dir", str(self.home / name),
+            *self.launchers.get(name, ()), sys.executable, *self.program, "--state-dir", str(self.home / name),
             "--set", f"node.cache_dir={self.home / name / 'cache'}", "--set", "log.format=text",
             "--set", "device.threads=1", "--set", "cluster.timers.drain=3s", *arguments,
         ]  # fmt: skip
@@ -153,7 +155,13 @@ class Daemons:
         with urllib.request.urlopen(f"{self.scheme}://{self.api}{path}", timeout=10, context=self.context) as answer:
             return json.load(answer)
 
-    def wait_ready(self, within_s: float = 90.0) -> None:
+    def figures(self, name: str) -> dict[str, float]:
+        """A metric's values by their labels."""
+        with urllib.request.urlopen(f"{self.scheme}://{self.api}/metrics", timeout=30, context=self.context) as answer:
+            lines = [line for line in answer.read().decode().splitlines() if line.startswith(name)]
+        return {line[len(name) : line.rindex(" ")]: float(line.split()[-1]) for line in lines}
+
+    def wait_ready(self, within_s: float = 240.0) -> None:
         self.wait(lambda: bool(self.get("/readyz")["ready"]), "the cluster to be ready", within_s)
 
     def wait(self, condition: Any, what: str, within_s: float = 30.0) -> None:
@@ -210,7 +218,10 @@ def completion(made: Daemons, prompt: Sequence[int], max_tokens: int, **fields: 
 
 
 class Stream:
-    """A streamed completion read with the standard library: ids are read from the token log probabilities."""
+    """A streamed completion read with the standard library.
+
+    `gaps_s`: how long each piece but the first was waited for. `silences_s`: the same for each line, comments too.
+    """
 
     def __init__(self, made: Daemons, body: dict[str, object]) -> None:
         request = urllib.request.Request(
@@ -225,6 +236,12 @@ class Stream:
         self.error: dict[str, Any] | None = None
         self.done = False
         self.reason: str | None = None
+        self.keep_alives = 0
+        self.ended_s = 0.0
+        self.gaps_s: list[float] = []
+        self.silences_s: list[float] = []
+        self._piece_s: float | None = None
+        self._line_s = time.monotonic()
 
     def read(self, at_most: int | None = None) -> "Stream":
         """To the end, or until `at_most` pieces have come in all."""
@@ -235,6 +252,10 @@ class Stream:
                 break
             if not line:
                 break
+            now_s = time.monotonic()
+            self.silences_s.append(now_s - self._line_s)
+            self._line_s = now_s
+            self.keep_alives += line == b": keep-alive\n"
             found = re.match(rb"data: (.*)\n", line)
             if not found:
                 continue
@@ -245,9 +266,13 @@ class Stream:
             if "error" in chunk:
                 self.error = chunk["error"]
                 continue
+            if self._piece_s is not None:
+                self.gaps_s.append(now_s - self._piece_s)
+            self._piece_s = now_s
             self.pieces += 1
             self.text += chunk["choices"][0]["text"]
             self.reason = chunk["choices"][0]["finish_reason"] or self.reason
+        self.ended_s = time.monotonic()
         return self
 
     def close(self) -> None:

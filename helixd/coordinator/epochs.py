@@ -2,12 +2,15 @@
 
 A plan's epoch only rises. Workers load beside what they serve; where memory does not allow both, everything stops for
 the switch (its sequences wait, they are not lost). Sequences of an older epoch run on where their hops are unchanged;
-the others are told to move. Knows nothing of how a plan is made.
+the others are told to move. A plan that lost so much while it was loaded that it cannot serve takes the place of none
+that can. Knows nothing of how a plan is made.
 """
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from helixd import logs
 from helixd.coordinator.admission import Admission
@@ -63,13 +66,15 @@ class Epochs:
         self._remember = remember
         self._retired_below = first
         self._relayed: dict[Epoch, frozenset[Pair]] = {}
+        # Also of plans that were overtaken or given up: until they are retired, workers may hold their layers.
+        self._alive: dict[Epoch, Plan] = {}
 
     def holding(self) -> dict[NodeId, LayerRange]:
         """What nodes hold or are loading, as far as it is a single range."""
         held: dict[NodeId, LayerRange] = {}
         for peer in self._fleet.peers.values():
             for node, start, end in peer.hello.held:
-                if 0 <= start < end:
+                if node in peer.nodes and 0 <= start < end <= self._sizes.num_layers:
                     held[NodeId(node)] = LayerRange(start, end)
         for plan in (self.active, self.coming):
             if plan is not None:
@@ -78,28 +83,36 @@ class Epochs:
 
     def push(self, plan: Plan, relayed: frozenset[Pair] = frozenset()) -> None:
         """Start the switch to `plan`, whose rows between `relayed` workers go through the coordinator."""
-        self._last = Epoch(self._last + 1)
-        self._remember(self._last)
-        beside = self._rooms(plan, self.active)
-        if self.active is not None and any(
-            room < len(plan.placement[node]) * LEAST_KV_TOKENS
-            for node, room in beside.items()
-            if node in self._fleet.nodes
-        ):
+        if self.active is None:
+            # Plans that never served and never will: their layers make room first.
+            self._retire_below(Epoch(self._last + 1))
+        elif self._is_tight(plan):
             logs.event(
-                log, logging.WARNING, "serving_pauses", epoch=self._last,
+                log, logging.WARNING, "serving_pauses", epoch=self._last + 1,
                 reason="old and new layers do not fit side by side",
             )  # fmt: skip
             self.active = None
-            self._admission.use_plan(self._last, None)
+            self._admission.use_plan(Epoch(self._last + 1), None)
             self._admission.break_where(lambda lease: True, "moved", "the plan changed")
-            self._retire_below(self._last)
-            beside = self._rooms(plan, None)
-        self.coming = PlanInForce(self._last, plan, beside, relayed=relayed)
+            self._retire_below(Epoch(self._last + 1))
+        self._begin(plan, relayed)
+
+    def _begin(self, plan: Plan, relayed: frozenset[Pair]) -> None:
+        self._last = Epoch(self._last + 1)
+        self._remember(self._last)
+        self.coming = PlanInForce(self._last, plan, self._rooms(plan, self._alive.values()), relayed=relayed)
         self._relayed[self._last] = relayed
+        self._alive[self._last] = plan
         self._send(self.coming)
         placement = ", ".join(f"{node} {layers}" for node, layers in sorted(plan.placement.items()))
         logs.event(log, logging.INFO, "epoch_pushed", epoch=self._last, placement=placement)
+
+    def _is_tight(self, plan: Plan) -> bool:
+        """Whether a node could not serve with the layers of `plan` beside all that it may hold."""
+        return any(
+            node in self._fleet.nodes and room < len(plan.placement[node]) * LEAST_KV_TOKENS
+            for node, room in self._rooms(plan, self._alive.values()).items()
+        )
 
     def on_state(self, state: EpochState) -> None:
         """A node tells how far it is."""
@@ -127,11 +140,16 @@ class Epochs:
             if plan is None or not back:
                 continue
             # While it was away nothing could be said of its room.
-            plan.kv_token_layers.update((node, self._room(plan.plan, node, other)) for node in back)
+            beside = () if other is None else (other.plan,)
+            plan.kv_token_layers.update((node, self._room(plan.plan, node, beside)) for node in back)
             if plan is self.active:
                 for node in back:
                     self._admission.ledger.set_capacity(node, plan.kv_token_layers[node])
             self._send(plan)
+
+    def uses(self, node: NodeId) -> bool:
+        """Whether a node holds layers of the active or the coming plan."""
+        return any(plan is not None and node in plan.plan.placement for plan in (self.active, self.coming))
 
     def relays(self, one: PeerId, other: PeerId) -> bool:
         """Whether a plan that is alive relays between these workers."""
@@ -145,7 +163,7 @@ class Epochs:
         """Nodes of the active plan that do not serve it."""
         if self.active is None:
             return frozenset()
-        return frozenset(n for n in self.active.plan.placement if not self.active.ready(n))
+        return self._unready_of(self.active)
 
     def retire_drained(self) -> None:
         """Retire old epochs once nothing runs in them."""
@@ -153,7 +171,8 @@ class Epochs:
             return
         if all(lease.epoch >= self.active.epoch for lease in self._admission.leases()):
             self._retire_below(self.active.epoch)
-            self.active.kv_token_layers = self._rooms(self.active.plan, self.coming)
+            beside = [plan for epoch, plan in self._alive.items() if epoch != self.active.epoch]
+            self.active.kv_token_layers = self._rooms(self.active.plan, beside)
             self._send(self.active)
 
     def _switch_if_ready(self) -> None:
@@ -167,6 +186,9 @@ class Epochs:
         ]
         if outstanding:
             return
+        if self.active is not None and not self._connects(coming) and self._admission.has_pipeline():
+            self._give_up(coming, self.active)
+            return
         self.active, self.coming = coming, None
         self._admission.use_plan(
             coming.epoch, Router(coming.plan, coming.kv_token_layers, ledger=self._admission.ledger)
@@ -178,15 +200,40 @@ class Epochs:
         logs.event(log, logging.INFO, "epoch_serves", epoch=coming.epoch, moved_sequences=moved)
         self.retire_drained()
 
+    def _give_up(self, coming: PlanInForce, active: PlanInForce) -> None:
+        """Stay with the plan that serves; what is wrong with the other one was heard of, and is planned around."""
+        self.coming = None
+        logs.event(
+            log, logging.WARNING, "epoch_given_up", epoch=coming.epoch, serving=active.epoch,
+            reason="what is left of it does not connect",
+        )  # fmt: skip
+        # What was loaded for it goes when a later epoch takes over: the plan that serves, under a new number.
+        if coming.plan is not active.plan and not self._is_tight(active.plan):
+            self._begin(active.plan, active.relayed)
+
+    def _connects(self, plan: PlanInForce) -> bool:
+        """Whether a pipeline is left of a plan, as far as its nodes are."""
+        links = self._fleet.unusable_links() - node_links(self._fleet, plan.relayed)
+        return Router(plan.plan, {}).has_pipeline(self._unready_of(plan) | self._fleet.unusable_nodes(), links)
+
+    def _unready_of(self, plan: PlanInForce) -> frozenset[NodeId]:
+        return frozenset(n for n in plan.plan.placement if n not in self._fleet.nodes or not plan.ready(n))
+
     def _retire_below(self, epoch: Epoch) -> None:
         self._retired_below = epoch
         self._relayed = {number: pairs for number, pairs in self._relayed.items() if number >= epoch}
+        self._alive = {number: plan for number, plan in self._alive.items() if number >= epoch}
         for peer in self._fleet.peers.values():
             peer.outbox.post(to_frame(EpochRetire(epoch)))
 
     def _send(self, plan: PlanInForce) -> None:
-        assignments = [self._assignment(plan, node, layers) for node, layers in plan.plan.placement.items()]
+        all_of_it = [self._assignment(plan, node, layers) for node, layers in plan.plan.placement.items()]
+        # Others' schedules are none of a worker's business, and all of them together outgrow a message.
+        without_hops = [replace(assignment, next_hops=[]) for assignment in all_of_it]
         for peer in self._fleet.peers.values():
+            assignments = [
+                full if full.peer == peer.id else short for full, short in zip(all_of_it, without_hops, strict=True)
+            ]
             push = EpochPush(plan.epoch, assignments, self._neighbours(plan, peer.id))
             peer.outbox.post(to_frame(push))
 
@@ -200,25 +247,26 @@ class Epochs:
         return Assignment(node, host, layers.start, layers.end, plan.kv_token_layers[node], hops)
 
     def _neighbours(self, plan: PlanInForce, me: PeerId) -> list[PeerAddress]:
-        """Peers that this one sends to or receives from; the receiver dials, unless they are relayed."""
+        """Peers that this one sends to or receives from. The receiver dials, where it can, unless they are relayed."""
         found: dict[PeerId, PeerAddress] = {}
         for src, hops in plan.plan.schedule.items():
             for hop in hops:
                 a, b = self._fleet.peer_of(src), self._fleet.peer_of(hop.node)
                 if a is None or b is None or a.id == b.id or me not in (a.id, b.id):
                     continue
-                other, receiving = (a, True) if me == b.id else (b, False)
+                other = a if me == b.id else b
+                dialler = a if (b.id, a.id) in self._fleet.cannot_dial else b
                 known = found.get(other.id)
                 relay = frozenset((a.id, b.id)) in plan.relayed
-                dial = not relay and (receiving or (known is not None and known.dial))
+                dial = not relay and (me == dialler.id or (known is not None and known.dial))
                 found[other.id] = PeerAddress(other.id, other.host, other.port, dial, relay)
         return list(found.values())
 
-    def _rooms(self, plan: Plan, beside: PlanInForce | None) -> dict[NodeId, int]:
+    def _rooms(self, plan: Plan, beside: Collection[Plan]) -> dict[NodeId, int]:
         return {node: self._room(plan, node, beside) for node in plan.placement}
 
-    def _room(self, plan: Plan, node: NodeId, beside: PlanInForce | None) -> int:
-        """KV token-layers left on a node that holds its layers of `plan`, and those of the plan it holds beside.
+    def _room(self, plan: Plan, node: NodeId, beside: Iterable[Plan]) -> int:
+        """KV token-layers left on a node that holds its layers of `plan`, and those of the plans it holds beside.
 
         0 for a node that is not here now.
         """
@@ -226,9 +274,9 @@ class Epochs:
         if known is None:
             return 0
         held = set(plan.placement[node].layers())
-        other = None if beside is None else beside.plan.placement.get(node)
-        if other is not None:
-            held |= set(other.layers())
+        for other in beside:
+            if (layers := other.placement.get(node)) is not None:
+                held |= set(layers.layers())
         weights = self._sizes.weights_of(held)
         return max(0, (known.hardware.memory_budget_bytes - weights) // self._sizes.kv_bytes_per_token_layer)
 

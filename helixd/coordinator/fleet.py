@@ -3,18 +3,24 @@
 A node's facts are what it said and what was measured; nothing is invented where nothing was measured. Knows no plan.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from helixd.ids import Incarnation, NodeId, PeerId
 from helixd.protocol.messages import Hello, Measured, NodeHardware, NodeStatus
 from helixd.wire.link import Link
 from helixd.wire.outbox import Outbox
 
+ABOUT = 0.75
+LEAST_SAID = 0.25
+"""Of a wait in vain, what a node's oldest work must be about as old as, and what it must have said itself at least:
+nodes say how they are once a second."""
+
 
 @dataclass(slots=True)
 class Peer:
-    """A worker daemon that has been welcomed."""
+    """A worker daemon that has been welcomed. `parcels`: pieces of weights wait there, and nothing else behind them."""
 
     id: PeerId
     incarnation: Incarnation
@@ -25,11 +31,29 @@ class Peer:
     hello: Hello
     draining: bool = False
     nodes: list[NodeId] = field(default_factory=list)
+    parcels: Outbox = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parcels = Outbox(self.link, lambda: None)
+
+
+class Slowdown(NamedTuple):
+    """How many times longer than measured a node's layers are taken to take."""
+
+    prefill: float = 1.0
+    decode: float = 1.0
+
+
+AS_MEASURED = Slowdown()
 
 
 @dataclass(slots=True)
 class Node:
-    """A device of a peer. `problem`: why it could not load lately; `failures`: how often it could not."""
+    """A device of a peer. `problem`: why it could not load lately; `failures`: how often it could not.
+
+    `heard_s`: when `status` came. `hangs_after_steps`: how many steps it had done when it was seen to hang, None if it
+    does not. `slowdown` is what is planned with.
+    """
 
     id: NodeId
     peer: PeerId
@@ -38,6 +62,9 @@ class Node:
     status: NodeStatus | None = None
     problem: str = ""
     failures: int = 0
+    heard_s: float = 0.0
+    hangs_after_steps: int | None = None
+    slowdown: Slowdown = AS_MEASURED
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +77,17 @@ class LinkFact:
 
 
 class Fleet:
-    """Peers, nodes and links between peers, as they are now."""
+    """Peers, nodes and links between peers, as they are now.
+
+    `cannot_dial`: (one, other) where a link can be made by the other one only, as if that is behind NAT. Remembered
+    over their lives, since a new life is on the same network.
+    """
 
     def __init__(self) -> None:
         self.peers: dict[PeerId, Peer] = {}
         self.nodes: dict[NodeId, Node] = {}
         self.links: dict[tuple[PeerId, PeerId], LinkFact] = {}
+        self.cannot_dial: set[tuple[PeerId, PeerId]] = set()
 
     def add(self, peer: Peer) -> list[str]:
         """Welcome a peer. Returns what is wrong: names of its nodes that another peer already has."""
@@ -97,8 +129,39 @@ class Fleet:
                 yield node
 
     def unusable_nodes(self) -> frozenset[NodeId]:
-        """Nodes of draining peers: nothing new goes there."""
-        return frozenset(n for peer in self.peers.values() if peer.draining for n in peer.nodes)
+        """Nodes of draining peers, and nodes that hang: nothing new goes there."""
+        return frozenset(
+            node.id
+            for node in self.nodes.values()
+            if node.hangs_after_steps is not None or self.peers[node.peer].draining
+        )
+
+    def suspect(self, nodes: Iterable[NodeId], waited_s: float, now_s: float) -> list[NodeId]:
+        """A sequence waited for so long in vain: those of its `nodes` that hang, as far as is not known yet.
+
+        One hangs if about as long ago as that it took up work that it has not done since. Its loop may be well: it says
+        so itself.
+        """
+        found = []
+        for name in nodes:
+            node = self.nodes.get(name)
+            if node is None or node.status is None or node.hangs_after_steps is not None:
+                continue
+            said_s = node.status.oldest_work_age_s
+            if said_s >= LEAST_SAID * waited_s and said_s + now_s - node.heard_s >= ABOUT * waited_s:
+                node.hangs_after_steps = node.status.steps_done
+                found.append(node.id)
+        return found
+
+    def heard(self, status: NodeStatus, now_s: float) -> bool:
+        """A node says how it is. True if it hung, and works again."""
+        node = self.nodes[NodeId(status.node)]
+        node.status, node.heard_s = status, now_s
+        works = status.steps_done != node.hangs_after_steps or not status.oldest_work_age_s
+        if node.hangs_after_steps is None or not works:
+            return False
+        node.hangs_after_steps = None
+        return True
 
     def unusable_links(self) -> frozenset[tuple[NodeId, NodeId]]:
         """Node pairs whose peers are known not to reach each other."""

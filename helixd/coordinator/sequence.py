@@ -103,6 +103,10 @@ class Hub(Protocol):
         """The sequence is now `tokens` long: the ledger and the router count it."""
         ...
 
+    def step_took_too_long(self, lease: Lease, waited_s: float) -> None:
+        """No token came for so long; the route is given up, and which of its nodes hangs is found out."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceLimits:
@@ -251,6 +255,7 @@ class SequenceRun:
             async with asyncio.timeout(patience_s):
                 return await self._inbox.get()
         except TimeoutError:
+            self._hub.step_took_too_long(lease, patience_s)
             hops = " -> ".join(str(hop.node) for hop in lease.route.hops)
             raise AttemptBroken("timeout", f"no token within {patience_s:g} s from {hops}") from None
 

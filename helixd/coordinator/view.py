@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from helixd.coordinator.fleet import Node
 from helixd.coordinator.generation import Readiness
 from helixd.ids import NodeId
+from helixd.protocol.messages import EpochState
 
 if TYPE_CHECKING:
     from helixd.coordinator.coordinator import Coordinator
@@ -32,13 +35,14 @@ def readiness(c: Coordinator) -> Readiness:
             if state.state == "loading"
         }
         return Readiness(False, "model_loading", "workers are loading layers", {**detail, "loading": loading})
-    if c.replanner.infeasible:
+    missing = [] if active is None else sorted(n for n in active.plan.placement if n not in c.fleet.nodes)
+    if c.replanner.infeasible and not missing:
         return Readiness(False, "no_feasible_placement", c.replanner.why_no_plan, detail)
     if active is not None:
         failed = {n: s.message for n, s in active.states.items() if s.state == "failed"}
-        missing = sorted(n for n in active.plan.placement if n not in c.fleet.nodes)
         trouble = [f"missing: {', '.join(missing)}"] if missing else []
         trouble += [f"failed: {', '.join(sorted(failed))} (/cluster has the reasons)"] if failed else []
+        trouble += [f"without them {c.replanner.why_no_plan}"] if missing and c.replanner.infeasible else []
         why = "no complete pipeline is up; " + ("; ".join(trouble) or "waiting for nodes to be ready")
         return Readiness(False, "pipeline_lost", why, {**detail, "missing": missing, "failed": failed})
     return Readiness(False, "model_loading", c.replanner.why_no_plan, detail)
@@ -83,6 +87,15 @@ def cluster_view(c: Coordinator) -> Mapping[str, object]:
             "failovers": c.desk.failovers,
             "preemptions": c.admission.preemptions,
         },
+        "drift": [
+            {
+                "subject": event.subject,
+                "age_s": round(time.monotonic() - event.at_s, 1),
+                "what": event.sentence,
+                "decision": event.decision or None,
+            }
+            for event in reversed(c.drift.events)
+        ],
         "relay": {
             "carried_frames": c.relay.carried_frames,
             "carried_bytes": c.relay.carried_bytes,
@@ -112,6 +125,12 @@ def _plan_view(c: Coordinator) -> Mapping[str, object] | None:
     }
 
 
+def _problem(node: Node, confirmed: EpochState | None) -> str | None:
+    if node.hangs_after_steps is not None:
+        return "its device hangs: it has work and does no step"
+    return confirmed.message if confirmed is not None and confirmed.state == "failed" else None
+
+
 def _node_view(c: Coordinator, node_id: NodeId) -> Mapping[str, object]:
     node = c.fleet.nodes[node_id]
     peer = c.fleet.peers[node.peer]
@@ -134,8 +153,14 @@ def _node_view(c: Coordinator, node_id: NodeId) -> Mapping[str, object]:
         "layers": None if layers is None else layers.to_pair(),
         "confirmed": None if confirmed is None else {"epoch": confirmed.epoch, "state": confirmed.state},
         "note": c.replanner.notes.get(node_id),
-        "problem": confirmed.message if confirmed is not None and confirmed.state == "failed" else None,
+        "problem": _problem(node, confirmed),
         "kv_reserved_token_layers": ledger.used(node_id),
+        "slowdown": {
+            "prefill": status.prefill_slowdown or None if status is not None else None,
+            "decode": status.decode_slowdown or None if status is not None else None,
+            "planned_with": {"prefill": node.slowdown.prefill, "decode": node.slowdown.decode},
+            "off_for_s": c.drift.off_for_s(node, time.monotonic()),
+        },
         "measured": None
         if measured is None
         else {

@@ -20,6 +20,8 @@ class CloseCode(IntEnum):
     AUTH_TIMEOUT = 4408
     DUPLICATE = 4409
     YIELDED = 4410
+    NOT_NOW = 4503
+    """Dial again later. Daemons that do not know this code do so too."""
 
 
 class FrameError(HelixError):

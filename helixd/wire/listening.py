@@ -131,7 +131,7 @@ class Reception:
     ) -> None:
         incoming = self._meetings.incoming.get(hello.token)
         if incoming is None or incoming.identity != hello.identity or incoming.bulk.done():
-            raise HandshakeFailed(CloseCode.REFUSED, "a bulk socket without its control socket")
+            raise HandshakeFailed(CloseCode.NOT_NOW, "a bulk socket without its control socket")
         admit()
         stream = self._meetings.take_over(bulk, Purpose.BULK)
         await shake.welcome()

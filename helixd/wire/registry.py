@@ -62,7 +62,7 @@ class LinkRegistry:
     def judge(self, who: PeerIdentity, incoming: bool) -> None:
         """Raises HandshakeFailed if `who` may not be linked with us; asks `accept` about incoming peers."""
         if self._closing is not None:
-            raise HandshakeFailed(CloseCode.REFUSED, f"{self.identity.peer} is closing")
+            raise HandshakeFailed(CloseCode.NOT_NOW, f"{self.identity.peer} is closing")
         if who.instance == self.identity.instance:
             raise HandshakeFailed(CloseCode.REFUSED, f"{who.peer} dialed itself")
         if who.peer == self.identity.peer:

@@ -19,6 +19,10 @@ from helixd.worker.node import NodeRuntime, Post
 from helixd.worker.threads import ComputeThread
 
 
+class NobodyWaits(Exception):
+    """Ends a load in its thread when the session that wanted it is over; nobody sees it."""
+
+
 class NodeHost:
     """The one owner of a device. `loading`: how many of how many parts of a range are loaded; None: nothing loads."""
 
@@ -55,23 +59,36 @@ class NodeHost:
         return ranges
 
     async def prepare(self, model: ModelSetup, post: Post, tasks: asyncio.TaskGroup) -> None:
-        """Make an engine for the model, or keep the one there is if the model is the same."""
-        if self._engine is not None and self.model is not None and self.model.fingerprint == model.fingerprint:
-            self.model = model
+        """Make an engine for the model, or keep the one there is if it computes the same; batch as `model` says."""
+        if self.runtime is not None and self.model is not None and _computes_alike(self.model, model):
+            self.model, self.runtime.limits = model, model.limits
             return
         if self._loop_task is not None:
             self._loop_task.cancel()
-        self.model = model
+        # A session may end before the engine is there: then there is none, for no model.
+        self.model = self.runtime = self._engine = None
         self._ranges.clear()
         compute = await self._thread.run(self._backend.compute, self.setup, model)
         self._engine = compute.engine
-        self.runtime = NodeRuntime(self.setup.node, self._thread, compute, model.limits, post)
+        self.runtime = NodeRuntime(
+            self.setup.node, self._thread, compute, model.limits, post, model.max_context_tokens
+        )  # fmt: skip
         self._loop_task = tasks.create_task(self.runtime.run(), name=f"node {self.setup.node}")
+        self.model = model
 
     async def measure(self, cache: Path | None) -> LayerTimes:
         """Layer times of this device for the prepared model."""
         assert self.model is not None
         return await self._thread.run(self._backend.measure, self.setup, self.model, cache)
+
+    async def clear(self) -> bool:
+        """Give up layers and KV that no live epoch wants; False if one does."""
+        async with self._loading:
+            if self._ranges or self.runtime is None or self.runtime.open_sequences:
+                return False
+            await self._prune(set())
+            await self._thread.run(self.engine.set_kv_capacity, 0)
+        return True
 
     async def load(
         self, epoch: Epoch, layers: LayerRange, kv_token_layers: int, source: WeightSource,
@@ -88,10 +105,15 @@ class NodeHost:
         async with self._loading:
             if epoch < self._live_from:
                 return
+            # What a session that is over was loading ends with the part that it is at.
+            await self._loader.run(lambda: None)
             await self._prune({*self._held_by_epochs(), *layers.layers()})
             before = self.engine.loaded
+            waited_for = True
 
             def tell(done: int, total: int) -> None:
+                if not waited_for:
+                    raise NobodyWaits
                 self.loading = done, total
                 progress(done, total)
 
@@ -108,6 +130,7 @@ class NodeHost:
                     f"lower device.memory (now {self.setup.memory_budget_bytes / 2**30:.2f} GiB)"
                 ) from error
             finally:
+                waited_for = False
                 self.loading = None
             sizes = layer_bytes(self.model.config, self.model.dtype)
             self.weight_bytes_loaded += sum(sizes[layer] for layer in self.engine.loaded - before)
@@ -151,3 +174,9 @@ class NodeHost:
         """Stop the threads once their running calls end."""
         self._thread.close()
         self._loader.close()
+
+
+def _computes_alike(one: ModelSetup, other: ModelSetup) -> bool:
+    return (one.fingerprint, one.dtype, one.max_context_tokens) == (
+        other.fingerprint, other.dtype, other.max_context_tokens,
+    )  # fmt: skip

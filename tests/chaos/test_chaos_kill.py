@@ -5,16 +5,16 @@ lead clearly at every position.
 """
 
 import signal
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import openai
 import pytest
 
-from tests.daemons import Daemons, Stream, add_tokenizer, byte_tokenizer, completion, daemons
+from tests.chaos.streams import assert_whole, least, most, until, used, whole
+from tests.chaos.streams import in_flight as streams_in_flight
+from tests.daemons import Daemons, Stream, add_tokenizer, byte_tokenizer, daemons
 from tests.families import VOCAB, exact_checkpoint, reference_tokens
 
 pytestmark = pytest.mark.chaos
@@ -23,7 +23,6 @@ NEW = 96
 SEED = 1
 PROMPTS = [[number * 7 % 90 + 35 + at for at in range(4 + 5 * number)] for number in range(8)]
 PAIRS = {"a1": (0, 2), "a2": (0, 2), "b1": (2, 4), "b2": (2, 4), "c1": (4, 6), "c2": (4, 6)}
-CHAIN = {"a": (0, 2), "b": (2, 4), "c": (4, 6)}
 # Two rows a step make the prompts' prefill long enough to be hit.
 SLOW_PREFILL = ("--set", "engine.prefill_chunk_tokens=2")
 SAMPLED: dict[str, object] = {"temperature": 1.0, "seed": 11, "top_p": 0.9, "frequency_penalty": 0.4}
@@ -64,75 +63,9 @@ def pairs(running_pairs: Daemons) -> Iterator[Daemons]:
     running_pairs.wait_idle()
 
 
-@pytest.fixture(scope="module")
-def running_chain(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterator[Daemons]:
-    with daemons(tmp_path_factory.mktemp("chain")) as made:
-        made.pinned_cluster(checkpoint, CHAIN)
-        made.wait_ready()
-        yield made
-
-
-@pytest.fixture
-def chain(running_chain: Daemons) -> Iterator[Daemons]:
-    """Three stages without a replica."""
-    whole(running_chain, len(CHAIN))
-    yield running_chain
-    print(running_chain.tails())
-    running_chain.wait_idle()
-
-
-def whole(made: Daemons, nodes: int) -> None:
-    """Wait until all nodes are there, serve, say how they are, and can reach each other."""
-
-    def complete() -> bool:
-        view = made.get("/cluster")
-        return (
-            len(view["nodes"]) == nodes
-            and all((node["confirmed"] or {}).get("state") == "ready" and node["load"] for node in view["nodes"])
-            and not any(link["error"] for link in view["links"])
-        )
-
-    made.wait(complete, f"all {nodes} nodes to serve", 60)
-
-
-@contextmanager
-def in_flight(made: Daemons, **fields: object) -> Iterator[list[Stream]]:
-    """A stream per prompt, all of them read at once; at the end all have been read to their ends."""
-    with ThreadPoolExecutor(len(PROMPTS)) as threads:
-        streams = list(threads.map(lambda prompt: completion(made, prompt, NEW, **fields), PROMPTS))
-        reading = [threads.submit(stream.read) for stream in streams]
-        yield streams
-        for each in reading:
-            each.result()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def used(streams: list[Stream], names: tuple[str, ...]) -> str:
-    """Of these nodes the one that most routes lead over."""
-    hops = [hop.split("[")[0] for stream in streams for hop in stream.route.split(" -> ")]
-    return max(names, key=hops.count)
-
-
-def assert_whole(streams: list[Stream], texts: list[str]) -> None:
-    for stream, text in zip(streams, texts, strict=True):
-        assert stream.error is None
-        assert stream.done
-        assert stream.reason == "length"
-        assert stream.text == text
-
-
-def least(streams: list[Stream]) -> int:
-    return min(stream.pieces for stream in streams)
-
-
-def most(streams: list[Stream]) -> int:
-    return max(stream.pieces for stream in streams)
+def in_flight(made: Daemons, **fields: object) -> AbstractContextManager[list[Stream]]:
+    """A stream per prompt."""
+    return streams_in_flight(made, PROMPTS, NEW, **fields)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +84,7 @@ def test_a_killed_worker_is_noticed_by_no_client(
 ) -> None:
     failovers = pairs.get("/cluster")["requests"]["failovers"]
     with in_flight(pairs) as streams:
-        until(lambda: moment(streams))
+        until(lambda: moment(streams), "the moment of the kill")
         if stage == "b" and least(streams) < 3:
             assert least(streams) == 0, "the kill was to hit a prefill"
         victim = used(streams, (f"{stage}1", f"{stage}2"))
@@ -166,7 +99,7 @@ def test_a_seeded_sample_is_the_same_with_a_kill_in_it(pairs: Daemons) -> None:
     with in_flight(pairs, **SAMPLED) as calm:
         pass
     with in_flight(pairs, **SAMPLED) as streams:
-        until(lambda: least(streams) >= 10)
+        until(lambda: least(streams) >= 10, "the streams to get going")
         victim = used(streams, ("c1", "c2"))
         pairs.all[victim].kill()
     assert_whole(streams, [stream.text for stream in calm])
@@ -176,7 +109,7 @@ def test_a_seeded_sample_is_the_same_with_a_kill_in_it(pairs: Daemons) -> None:
 
 def test_two_stages_lose_a_worker_at_once(pairs: Daemons, texts: list[str]) -> None:
     with in_flight(pairs) as streams:
-        until(lambda: least(streams) >= 5)
+        until(lambda: least(streams) >= 5, "the streams to get going")
         victims = [used(streams, ("a1", "a2")), used(streams, ("c1", "c2"))]
         for victim in victims:
             pairs.all[victim].kill()
@@ -187,14 +120,14 @@ def test_two_stages_lose_a_worker_at_once(pairs: Daemons, texts: list[str]) -> N
 
 def test_a_stopped_worker_is_left_behind_and_comes_back(pairs: Daemons, texts: list[str]) -> None:
     with in_flight(pairs) as streams:
-        until(lambda: least(streams) >= 5)
+        until(lambda: least(streams) >= 5, "the streams to get going")
         victim = used(streams, ("b1", "b2"))
         pairs.all[victim].signal(signal.SIGSTOP)
     assert_whole(streams, texts)
     assert {node["id"] for node in pairs.get("/cluster")["nodes"]} == set(PAIRS) - {victim}
     # It wakes amid other streams, with rows and tokens to send that nobody waits for any more.
     with in_flight(pairs) as streams:
-        until(lambda: least(streams) >= 2)
+        until(lambda: least(streams) >= 2, "the streams to get going")
         pairs.all[victim].signal(signal.SIGCONT)
     assert_whole(streams, texts)
     whole(pairs, len(PAIRS))
@@ -212,7 +145,7 @@ def test_without_a_replica_the_client_is_told(pairs: Daemons, texts: list[str]) 
                 extra_body={"ignore_eos": True},
             )  # fmt: skip
             next(iter(theirs))
-            until(lambda: least(streams) >= 3)
+            until(lambda: least(streams) >= 3, "the streams to get going")
             for victim in ("b1", "b2"):
                 pairs.all[victim].kill()
             with pytest.raises(openai.APIError) as caught:
@@ -235,40 +168,3 @@ def test_without_a_replica_the_client_is_told(pairs: Daemons, texts: list[str]) 
     with in_flight(pairs) as streams:
         pass
     assert_whole(streams, texts)
-
-
-def test_the_only_pipeline_comes_back_in_time(chain: Daemons, texts: list[str]) -> None:
-    with in_flight(chain) as streams:
-        until(lambda: least(streams) >= 5)
-        chain.all["c"].kill()
-        chain.restart("c")
-    assert_whole(streams, texts)
-
-
-def test_clients_that_leave_free_everything(chain: Daemons, texts: list[str]) -> None:
-    streams = [completion(chain, prompt, 400) for prompt in PROMPTS]
-    for number, stream in enumerate(streams):
-        stream.read(1 + number)
-        stream.close()
-    chain.wait_idle()
-    with in_flight(chain) as streams:
-        pass
-    assert_whole(streams, texts)
-
-
-def test_a_new_coordinator_finds_the_workers_loaded(chain: Daemons, texts: list[str]) -> None:
-    epoch = chain.get("/cluster")["epoch"]
-    loaded = {node["id"]: node["load"]["weight_bytes_loaded"] for node in chain.get("/cluster")["nodes"]}
-    with in_flight(chain) as streams:
-        until(lambda: least(streams) >= 5)
-        chain.all["coordinator"].kill()
-    assert not any(stream.done for stream in streams)
-    chain.restart("coordinator")
-    chain.wait_ready()
-    whole(chain, len(CHAIN))
-    with in_flight(chain) as streams:
-        pass
-    assert_whole(streams, texts)
-    view = chain.get("/cluster")
-    assert view["epoch"] > epoch
-    assert {node["id"]: node["load"]["weight_bytes_loaded"] for node in view["nodes"]} == loaded

@@ -28,6 +28,15 @@ def made(tmp_path: Path) -> Iterator[Daemons]:
         yield made
 
 
+@pytest.fixture
+def cores() -> Iterator[None]:
+    """Whoever crashes may leave a core, as far as it is left to us."""
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (before[1], before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_CORE, before)
+
+
 def private(path: Path, text: str) -> Path:
     path.write_text(text)
     path.chmod(0o600)
@@ -142,11 +151,11 @@ def test_a_word_of_a_client_is_in_no_log_figure_argument_or_file(made: Daemons, 
         assert MARK not in text_seen, where
 
 
+@pytest.mark.usefixtures("cores")
 def test_a_crash_in_the_middle_of_an_answer_leaves_stacks_and_no_word_of_a_client(
     made: Daemons, tmp_path: Path
 ) -> None:
     keys, secret = private(tmp_path / "keys", KEY), private(tmp_path / "secret", SECRET)
-    resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
     daemon = made.alone("demo", "--set", f"api.keys_file={keys}", "--secret-file", str(secret))
     made.wait_ready()
     body = {"model": "demo", "prompt": f"def {MARK}():", "max_tokens": 500, "stream": True, "ignore_eos": True}

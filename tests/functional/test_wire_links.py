@@ -2,6 +2,7 @@
 
 import asyncio
 from array import array
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from helixd.errors import PeerLost
 from helixd.wire.errors import FrameError
 from helixd.wire.link import Frame, Link
 from helixd.wire.options import KIB, MIB, WireOptions
-from tests.functional.wire_world import CARRIERS, DEADLINE_S, linked
+from tests.functional.wire_world import CARRIERS, DEADLINE_S, Side, linked
 
 OPTIONS = WireOptions(
     small_payload_bytes=4 * KIB,
@@ -393,3 +394,17 @@ async def test_closing_an_endpoint_closes_its_links(carrier: str) -> None:
         await pair.far.until(lambda side: side.lost != [])
         assert "near is closing" in pair.far.lost[0][1]
         assert pair.near_net.links == {}
+
+
+async def test_who_dials_a_daemon_that_is_closing_may_try_again_later(carrier: str) -> None:
+    """A coordinator that restarts while a worker joins must not send it away for good."""
+    late = Side("late")
+    async with linked(carrier) as pair:
+        listener: Any = pair.near_net if carrier == "listener" else pair.far_net
+        host, port = await listener.listen("127.0.0.1", 0)
+        # Who dialed just before the port was closed is still heard.
+        await listener.registry.close("going")
+        another: Any = late.memory(listener._network) if carrier == "memory" else late.websockets()
+        async with another:
+            with pytest.raises(PeerLost, match="is closing"):
+                await another.dial(host, port, DEADLINE_S)

@@ -64,6 +64,7 @@ class Workers:
     opens: list[m.Open] = field(default_factory=list)
     feeds: list[m.Feed] = field(default_factory=list)
     grown: list[int] = field(default_factory=list)
+    waited_s: list[float] = field(default_factory=list)
     break_at_grant: list[str] = field(default_factory=list)
     kv: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by attempt: what has been fed
 
@@ -102,6 +103,10 @@ class Workers:
     def progressed(self, lease: Lease, tokens: int) -> None:
         assert lease is self.leases[-1]
         self.grown.append(tokens)
+
+    def step_took_too_long(self, lease: Lease, waited_s: float) -> None:
+        assert lease is self.leases[-1]
+        self.waited_s.append(waited_s)
 
     def breaks(self, code: str) -> None:
         assert self.run is not None
@@ -258,6 +263,7 @@ async def test_silence_is_a_broken_route() -> None:
     await made.run.run()
     assert made.tokens == continued((1, 2, 3), 5)
     assert made.run.last_break == "timeout: no token within 0.01 s from a -> b"
+    assert made.workers.waited_s == [0.01]
 
 
 async def test_a_worker_that_floods_costs_one_attempt_and_no_memory() -> None:

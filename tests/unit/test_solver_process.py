@@ -22,6 +22,8 @@ from helixd.solver.job import AnyAnswer, Doing, Failed, Found, Job
 from helixd.solver.process import COMMAND, PlannerFailed, solve
 from tests.unit.plan_worlds import cluster, equal_nodes, node
 
+ROOT = Path(__file__).parents[2]
+
 
 def spec(num_layers: int = 8) -> ClusterSpec:
     return cluster(equal_nodes(3, max_layers=4), num_layers=num_layers)
@@ -35,6 +37,13 @@ def held_already() -> ClusterSpec:
     plain = spec()
     held = {"n0": LayerRange(0, 4), "n1": LayerRange(4, 8)}
     return replace(plain, nodes=tuple(replace(n, current_range=held.get(n.id)) for n in plain.nodes))
+
+
+@pytest.fixture(autouse=True)
+def _cores_stay_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where cores are written at all, that of a process that is made to crash goes where it was started."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
@@ -74,7 +83,8 @@ async def test_a_baseline_without_a_plan_says_why() -> None:
     homogeneous, separate = outcome.compared
     assert homogeneous.plan is not None
     assert separate.plan is None
-    assert "no type of node holds the model by itself: other, t" in separate.reason
+    assert "no type of node holds the model by itself" in separate.reason
+    assert "takes other " in separate.reason
 
 
 async def test_what_cannot_be_placed_comes_back_as_the_sentence() -> None:
@@ -188,6 +198,13 @@ def test_ctrl_c_is_the_parents_to_act_on() -> None:
     assert child.returncode == 0
     assert out
     assert err == b""
+
+
+async def test_a_process_that_cannot_be_started_is_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its program may have been replaced by an upgrade; whoever serves goes on with the plan there is."""
+    monkeypatch.setattr(process, "COMMAND", ("/nowhere/python",))
+    with pytest.raises(PlannerFailed, match="cannot be started"):
+        await solve(job())
 
 
 @pytest.mark.parametrize("time_limit_s", [1e10, 1e22])

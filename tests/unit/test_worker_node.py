@@ -13,11 +13,15 @@ from helixd.errors import OutOfKv
 from helixd.ids import Epoch, NodeId, SequenceId
 from helixd.layers import LayerRange
 from helixd.protocol import messages as m
-from helixd.protocol.codec import pack_ids
+from helixd.protocol.codec import pack_ids, to_frame
 from helixd.sampling import SamplingParams, TokenLogprobs
-from helixd.worker.batcher import BatchLimits
+from helixd.wire.frames import encode_small_head
+from helixd.wire.options import WireOptions
+from helixd.worker.batcher import BatchLimits, Pass
 from helixd.worker.compute import NodeCompute
 from helixd.worker.node import NodeRuntime
+from helixd.worker.results import tokens
+from helixd.worker.steps import DrawnToken
 from helixd.worker.threads import ComputeThread
 
 HIDDEN = 2
@@ -37,6 +41,7 @@ class BookEngine:
         self.batches: list[list[StageWork]] = []
         self.full: set[int] = set()  # lengths at which there is no room
         self.kv_used_token_layers = self.kv_capacity_token_layers = 0
+        self.layers_s = 0.0
         self._last_layer = last_layer
 
     def open(self, spec: SequenceSpec) -> None:
@@ -133,11 +138,11 @@ def opening(
 
 
 @asynccontextmanager
-async def at_work(layers: LayerRange = WHOLE) -> AsyncIterator[World]:
+async def at_work(layers: LayerRange = WHOLE, max_tokens: int | None = None) -> AsyncIterator[World]:
     thread = ComputeThread("test")
     engine, mail = BookEngine(), Mailbox()
     compute = NodeCompute(engine, HIDDEN, "float32")  # type: ignore[arg-type]
-    node = NodeRuntime(NodeId("me"), thread, compute, BatchLimits(8, 16, 8), mail)
+    node = NodeRuntime(NodeId("me"), thread, compute, BatchLimits(8, 16, 8), mail, max_tokens)
     node.incarnation = 7  # type: ignore[assignment]
     node.serve_epoch(Epoch(1), layers)
     task = asyncio.create_task(node.run())
@@ -345,3 +350,55 @@ async def test_scores_of_the_prompt_are_sent_from_its_second_token_on() -> None:
         sent = [(s.start, [lp for lp, _ in s.scores]) for s in world.mail.of(m.Scores)]  # type: ignore[attr-defined]
         assert sent == [(1, [-float(at) for at in range(1, 9)]), (9, [-9.0, -10.0, -11.0])]
         assert isinstance(world.mail.told[-1], m.Tokens), "the token comes after the scores"
+
+
+async def test_a_node_that_never_rests_still_settles() -> None:
+    """Layers are unloaded once what was closed is closed in the engine; under load there is always a next step."""
+    async with at_work() as world:
+        node, post, at = world.node, world.mail.to_coordinator, 0
+        node.on_open(*opening(1, WHOLE))
+        node.on_open(*opening(2, WHOLE))
+        world.feed(2, 0, 4)
+
+        def asks_for_the_next(message: m.Message) -> None:
+            nonlocal at
+            post(message)
+            if isinstance(message, m.Tokens) and any(drawn.sequence == 1 for drawn in message.drawn):
+                at += 1
+                world.feed(1, at, 1)
+
+        world.mail.to_coordinator = asks_for_the_next  # type: ignore[method-assign]
+        world.feed(1, 0, 1)
+        while at < 3:
+            await asyncio.sleep(0)
+        node.on_close(m.Close(2, 0, "me"))
+        async with asyncio.timeout(5):
+            await node.settled()
+        assert [spec.prompt_tokens for spec in world.engine.open_now.values()] == [4]
+        assert node.oldest_work_age_s() > 0, "it rests"
+        world.mail.to_coordinator = post  # type: ignore[method-assign]
+
+
+async def test_the_tokens_of_a_large_batch_fit_into_messages_with_all_that_may_be_asked_for() -> None:
+    async with at_work() as world:
+        best = TokenLogprobs(-1.25, tuple((150_000 + at, -1.5 - at) for at in range(20)))
+        drawn = []
+        for handle in range(1, 513):
+            world.node.on_open(*opening(1 << 40 | handle, WHOLE))
+            drawn.append(DrawnToken(Pass(SequenceId(handle), 99_999, 99_998, 1, True, 0.0), 150_000, best))
+        messages = list(tokens(world.node._book, world.node.node, drawn))
+        assert sum(len(message.drawn) for message in messages) == 512
+        for message in messages:
+            encode_small_head(message.KIND, to_frame(message).body, None, WireOptions().max_body_bytes)
+
+
+async def test_rows_that_no_context_has_are_not_kept() -> None:
+    async with at_work(LAST, max_tokens=16) as world:
+        world.node.on_open(*opening(5, LAST, prompt=16))
+        world.pass_rows(m.Part(5, 0, 17, 0, 17, False))
+        world.pass_rows(m.Part(5, 0, 17, 16, 1, False), m.Part(6, 0, 17, 16, 1, False))
+        assert world.node.stale_frames == 3
+        world.pass_rows(m.Part(5, 0, 16, 0, 16, True))
+        await world.quiet()
+        assert world.node.stale_frames == 3
+        assert world.mail.of(m.Tokens) == [m.Tokens("me", [m.Drawn(5, 0, 16, 16)])]

@@ -19,6 +19,7 @@ from typing import Any
 SPIN_LIMIT = 50_000
 CANCELLED_TIMERS = 200
 CALL_STARTS_WITHIN_S = 0.002
+ENDING_S = 60.0
 
 _process: contextvars.ContextVar["Process | None"] = contextvars.ContextVar("process", default=None)
 
@@ -102,6 +103,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._now_s = 1000.0
         self._clock_resolution = 1e-9
         self._without_time = 0
+        self._ending = False
         self._threads: dict[int, _Thread] = {}
         self._spent_s = 0.0
         self.set_task_factory(lambda loop, coro, **options: Task(coro, loop=loop, **options))
@@ -151,7 +153,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
             if handle._cancelled:
                 continue
             process = handle._context.get(_process)
-            if process is None or not (process.stopped or process.dead):
+            if process is None or self._ending or not (process.stopped or process.dead):
                 handle._run()
             elif not process.dead:
                 process.parked.append(handle)
@@ -215,6 +217,20 @@ class VirtualLoop(asyncio.BaseEventLoop):
         if thread.busy:
             self._start(thread)
 
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End what still waits, that of dead processes too, while there is a loop to do it."""
+        self._ending, self._without_time = True, 0
+        if tasks := asyncio.all_tasks(self):
+            for task in tasks:
+                if isinstance(task, Task) and task.process is not None:
+                    self.resume(task.process.parked)
+                task.cancel()
+            self.run_until_complete(asyncio.wait(tasks, timeout=ENDING_S))
+        self.run_until_complete(self.shutdown_asyncgens())
+        super().close()
+
     # -- the rest of a loop ------------------------------------------------------------------------------------------
 
     def _failed(self, _: asyncio.AbstractEventLoop, what: dict[str, Any]) -> None:
@@ -234,5 +250,7 @@ def running(seed: int) -> Iterator[VirtualLoop]:
     try:
         yield loop
     finally:
-        time.monotonic = real
-        loop.close()
+        try:
+            loop.close()
+        finally:
+            time.monotonic = real

@@ -1,0 +1,1 @@
+"""Faults of networks, for tests only: nothing in the daemons knows of them, no message can ask for them."""

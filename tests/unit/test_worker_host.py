@@ -1,0 +1,158 @@
+"""A device over several sessions: what it keeps of the one before, and what it must not."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from helixd.ids import Epoch, NodeId
+from helixd.layers import LayerRange
+from helixd.worker.backend import ModelSetup, NodeSetup
+from helixd.worker.batcher import BatchLimits
+from helixd.worker.host import NodeHost
+from tests.vtime.model import decoder
+
+LAYERS = 6
+LIMITS = BatchLimits(8, 64, 16)
+MODEL = ModelSetup("m", "f", decoder(LAYERS), "float32", 160, LIMITS)
+
+
+class ListEngine:
+    """Holds layers, one after another; `gate` closed keeps it at one."""
+
+    def __init__(self) -> None:
+        self.loaded: set[int] = set()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.capacity = 0
+
+    def set_kv_capacity(self, token_layers: int) -> None:
+        self.capacity = token_layers
+
+    def load(self, layers: LayerRange, source: Any, progress: Callable[[int, int], None], **_: bool) -> None:
+        for done, layer in enumerate(layers.layers(), 1):
+            assert self.gate.wait(10)
+            self.loaded.add(layer)
+            progress(done, len(layers))
+
+    def unload(self, layers: LayerRange) -> None:
+        self.loaded -= set(layers.layers())
+
+
+class Backend:
+    """Makes engines; `stuck` keeps the next one from being made."""
+
+    def __init__(self) -> None:
+        self.made: list[ModelSetup] = []
+        self.stuck = threading.Event()
+        self.stuck.set()
+
+    def compute(self, setup: NodeSetup, model: ModelSetup) -> Any:
+        assert self.stuck.wait(10)
+        self.made.append(model)
+        return SimpleNamespace(engine=ListEngine(), row_bytes=8)
+
+    def trim(self) -> None: ...
+
+
+@asynccontextmanager
+async def device() -> AsyncIterator[tuple[NodeHost, Backend, Callable[[ModelSetup], Any]]]:
+    backend = Backend()
+    host = NodeHost(NodeSetup(NodeId("n"), "cpu", "", 1 << 30, 1 << 30), backend)  # type: ignore[arg-type]
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield host, backend, lambda model: host.prepare(model, SimpleNamespace(), tasks)  # type: ignore[arg-type]
+            assert host._loop_task is not None
+            host._loop_task.cancel()
+    finally:
+        host.close()
+
+
+async def test_the_same_model_is_not_made_again() -> None:
+    async with device() as (host, backend, prepare):
+        await prepare(MODEL)
+        engine = host.engine
+        await prepare(replace(MODEL, name="another name"))
+        assert host.engine is engine
+        assert len(backend.made) == 1
+
+
+@pytest.mark.parametrize("change", [{"fingerprint": "g"}, {"dtype": "bfloat16"}, {"max_context_tokens": 320}])
+async def test_a_model_that_is_computed_otherwise_gets_another_engine(change: dict[str, Any]) -> None:
+    async with device() as (host, backend, prepare):
+        await prepare(MODEL)
+        engine = host.engine
+        await prepare(replace(MODEL, **change))
+        assert host.engine is not engine
+        assert backend.made == [MODEL, replace(MODEL, **change)]
+
+
+async def test_a_coordinator_that_batches_otherwise_is_followed_without_loading_anew() -> None:
+    async with device() as (host, _, prepare):
+        await prepare(MODEL)
+        engine = host.engine
+        await prepare(replace(MODEL, limits=BatchLimits(2, 8, 4)))
+        assert host.engine is engine
+        assert host.runtime is not None
+        assert host.runtime.limits == BatchLimits(2, 8, 4)
+
+
+async def test_a_session_that_ends_while_its_engine_is_made_leaves_none_that_does_not_run() -> None:
+    async with device() as (host, backend, prepare):
+        await prepare(MODEL)
+        other = replace(MODEL, fingerprint="g")
+        backend.stuck.clear()
+        first = asyncio.ensure_future(prepare(other))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        await asyncio.wait({first})
+        backend.stuck.set()
+        await prepare(other)
+        assert host.model == other
+        assert host._loop_task is not None
+        await asyncio.sleep(0)
+        assert not host._loop_task.cancelling()
+
+
+async def test_what_a_lost_session_was_loading_is_gone_before_the_next_plan_is_loaded() -> None:
+    """A thread cannot be stopped: it goes on loading for a session that is over."""
+    async with device() as (host, _, prepare):
+        await prepare(MODEL)
+        engine: Any = host.engine
+        engine.gate.clear()
+        source: Any = None
+        first = asyncio.ensure_future(host.load(Epoch(1), LayerRange(0, 4), 100, source, lambda done, total: None))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        await asyncio.wait({first})
+        host.forget_epochs()
+        second = asyncio.ensure_future(host.load(Epoch(2), LayerRange(3, 6), 100, source, lambda done, total: None))
+        await asyncio.sleep(0.01)
+        engine.gate.set()
+        async with asyncio.timeout(5):
+            await second
+        assert host.held() == [(3, 6)]
+        assert host.loading is None
+
+
+async def test_layers_that_nobody_waits_for_any_more_are_not_all_loaded() -> None:
+    """Else a daemon that is told to stop, or the next session, would wait for a whole model."""
+    async with device() as (host, _, prepare):
+        await prepare(MODEL)
+        engine: Any = host.engine
+        engine.gate.clear()
+        source: Any = None
+        load = asyncio.ensure_future(host.load(Epoch(1), LayerRange(0, 6), 100, source, lambda done, total: None))
+        await asyncio.sleep(0.01)
+        load.cancel()
+        await asyncio.wait({load})
+        engine.gate.set()
+        await host._loader.run(lambda: None)
+        assert host.held() == [(0, 1)]
+        await host.load(Epoch(2), LayerRange(0, 6), 100, source, lambda done, total: None)
+        assert host.held() == [(0, 6)]
