@@ -233,7 +233,7 @@ class EngineConfig:
 
     max_batch_sequences: int = key(64, kinds.integer(1), "Sequences in one step.")
     max_batch_tokens: int = key(512, kinds.integer(1), "Tokens in one step, decode and prefill together.")
-    prefill_chunk_tokens: int = key(256, kinds.integer(1), "A longer prompt is computed in chunks of this size.")
+    prefill_chunk_tokens: int = key(128, kinds.integer(1), "A longer prompt is computed in chunks of this size.")
     kv_fraction: float = key(
         0.3, kinds.number(0.01, 0.95), "Share of a node's memory kept for KV cache when layers are placed."
     )

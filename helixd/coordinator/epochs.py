@@ -247,17 +247,18 @@ class Epochs:
         return Assignment(node, host, layers.start, layers.end, plan.kv_token_layers[node], hops)
 
     def _neighbours(self, plan: PlanInForce, me: PeerId) -> list[PeerAddress]:
-        """Peers that this one sends to or receives from; the receiver dials, unless they are relayed."""
+        """Peers that this one sends to or receives from. The receiver dials, where it can, unless they are relayed."""
         found: dict[PeerId, PeerAddress] = {}
         for src, hops in plan.plan.schedule.items():
             for hop in hops:
                 a, b = self._fleet.peer_of(src), self._fleet.peer_of(hop.node)
                 if a is None or b is None or a.id == b.id or me not in (a.id, b.id):
                     continue
-                other, receiving = (a, True) if me == b.id else (b, False)
+                other = a if me == b.id else b
+                dialler = a if (b.id, a.id) in self._fleet.cannot_dial else b
                 known = found.get(other.id)
                 relay = frozenset((a.id, b.id)) in plan.relayed
-                dial = not relay and (receiving or (known is not None and known.dial))
+                dial = not relay and (me == dialler.id or (known is not None and known.dial))
                 found[other.id] = PeerAddress(other.id, other.host, other.port, dial, relay)
         return list(found.values())
 

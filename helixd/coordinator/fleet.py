@@ -77,12 +77,17 @@ class LinkFact:
 
 
 class Fleet:
-    """Peers, nodes and links between peers, as they are now."""
+    """Peers, nodes and links between peers, as they are now.
+
+    `cannot_dial`: (one, other) where a link can be made by the other one only, as if that is behind NAT. Remembered
+    over their lives, since a new life is on the same network.
+    """
 
     def __init__(self) -> None:
         self.peers: dict[PeerId, Peer] = {}
         self.nodes: dict[NodeId, Node] = {}
         self.links: dict[tuple[PeerId, PeerId], LinkFact] = {}
+        self.cannot_dial: set[tuple[PeerId, PeerId]] = set()
 
     def add(self, peer: Peer) -> list[str]:
         """Welcome a peer. Returns what is wrong: names of its nodes that another peer already has."""

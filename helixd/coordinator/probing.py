@@ -2,7 +2,8 @@
 
 Workers probe each other over the sockets that carry activations; the coordinator only asks and waits. A pair that
 cannot connect is recorded with its error: the planner treats it as absent, and it is asked again, ever less often,
-until it can. Runs again for whoever joins.
+until it can. Where one of the two can connect, the other one is asked again at once, and plans are told who dials. Runs
+again for whoever joins.
 """
 
 import asyncio
@@ -130,9 +131,17 @@ class Prober:
                 self._ask_again((src, dst))
             else:
                 self._retry_s.pop((src, dst), None)
+                self._measure_back(src, dst)
             if before is None or bool(before.error) != bool(fact.error) or _differs(before, fact):
                 self._changed()
         self.pump()
+
+    def _measure_back(self, src: PeerId, dst: PeerId) -> None:
+        """There is a link now, which carries both ways: who could not make it can measure it, while it is there."""
+        back = self._fleet.links.get((dst, src))
+        if back is not None and back.error:
+            self._fleet.cannot_dial.add((dst, src))
+            del self._fleet.links[dst, src]
 
     def _lives(self, src: PeerId, dst: PeerId) -> tuple[Link | None, Link] | None:
         """The links of both peers' present lives; None if one is gone. The coordinator is always the same."""

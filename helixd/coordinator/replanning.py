@@ -105,7 +105,8 @@ class Replanner:
             await self._changed.wait()
             self._changed.clear()
             nodes = sum(1 for node in self._fleet.nodes.values() if node.measured is not None)
-            if nodes < self._options.wait_for_nodes:
+            first = self._epochs.active is None and self._epochs.coming is None
+            if first and nodes < self._options.wait_for_nodes:
                 self.why_no_plan = f"{nodes} of {self._options.wait_for_nodes} nodes have joined and are measured"
                 continue
             if not probes_complete():

@@ -35,13 +35,14 @@ def readiness(c: Coordinator) -> Readiness:
             if state.state == "loading"
         }
         return Readiness(False, "model_loading", "workers are loading layers", {**detail, "loading": loading})
-    if c.replanner.infeasible:
+    missing = [] if active is None else sorted(n for n in active.plan.placement if n not in c.fleet.nodes)
+    if c.replanner.infeasible and not missing:
         return Readiness(False, "no_feasible_placement", c.replanner.why_no_plan, detail)
     if active is not None:
         failed = {n: s.message for n, s in active.states.items() if s.state == "failed"}
-        missing = sorted(n for n in active.plan.placement if n not in c.fleet.nodes)
         trouble = [f"missing: {', '.join(missing)}"] if missing else []
         trouble += [f"failed: {', '.join(sorted(failed))} (/cluster has the reasons)"] if failed else []
+        trouble += [f"without them {c.replanner.why_no_plan}"] if missing and c.replanner.infeasible else []
         why = "no complete pipeline is up; " + ("; ".join(trouble) or "waiting for nodes to be ready")
         return Readiness(False, "pipeline_lost", why, {**detail, "missing": missing, "failed": failed})
     return Readiness(False, "model_loading", c.replanner.why_no_plan, detail)

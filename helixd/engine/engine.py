@@ -147,6 +147,8 @@ class Engine:
     def set_kv_capacity(self, token_layers: int) -> None:
         """Change the hard limit. What sequences hold stays; a smaller limit takes hold as they give it back."""
         if self._pool.pages_used == 0:
+            # The old pool is given back first: both at once may be more than the device has.
+            self._pool = self._new_pool(0)
             self._pool = self._new_pool(token_layers)
         else:
             self._pool.resize(token_layers // self._page_tokens)

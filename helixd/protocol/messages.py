@@ -157,7 +157,7 @@ class Assignment(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PeerAddress(msgspec.Struct, frozen=True, array_like=True):
-    """A neighbour in the plan. `dial`: you are the receiver of its activations, so you dial.
+    """A neighbour in the plan. `dial`: it is yours to dial it, as the receiver of its activations or who can.
 
     `relay`: nothing connects you; what you have for its nodes goes to the coordinator, what it has comes from there.
     """

@@ -260,7 +260,9 @@ class Session:
                 address.host, address.port, self._options.dial_timeout_s, PeerId(address.peer)
             )  # fmt: skip
         except HelixError as error:
-            self._post.to_coordinator(m.LinkLost(address.peer, m.brief(str(error))))
+            # It may have dialled us meanwhile, which we are perhaps the only one of the two to be unable to.
+            if PeerId(address.peer) not in self._network.links:
+                self._post.to_coordinator(m.LinkLost(address.peer, m.brief(str(error))))
 
     async def _probe(self, request: m.Probe) -> None:
         peer = PeerId(request.peer)

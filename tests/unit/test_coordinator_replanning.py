@@ -36,7 +36,7 @@ class World:
         self.answer: Any = None
         self.asked: list[Any] = []
         self.pipeline = True
-        nodes = {NodeId(name): SimpleNamespace(id=NodeId(name), measured=object()) for name in ("a", "b")}
+        nodes = self.nodes = {NodeId(name): SimpleNamespace(id=NodeId(name), measured=object()) for name in ("a", "b")}
         fleet: Any = SimpleNamespace(
             nodes=nodes, ready_nodes=lambda: iter(nodes.values()), links={}, peers={}, peer_of=lambda node: None
         )
@@ -125,6 +125,29 @@ async def test_a_gain_that_comes_too_soon_is_looked_at_again(monkeypatch: pytest
         while len(world.pushed) < 2:
             await asyncio.sleep(0.01)
     assert len(world.asked) >= 3
+    running.cancel()
+
+
+async def test_only_the_first_plan_waits_for_all_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are left when one is lost for good must be planned for."""
+    world = World(monkeypatch, cooldown_s=0.0, wait_for_nodes=2)
+    world.answer = (plan(HERE, 100, 10), None)
+    gone = world.nodes.pop(NodeId("b"))
+    running = asyncio.create_task(world.replanner.run(lambda: True))
+    world.replanner.something_changed()
+    await asyncio.sleep(0.05)
+    assert world.replanner.why_no_plan == "1 of 2 nodes have joined and are measured"
+    async with asyncio.timeout(10):
+        world.nodes[NodeId("b")] = gone
+        world.replanner.something_changed()
+        while not world.pushed:
+            await asyncio.sleep(0.01)
+        del world.nodes[NodeId("b")]
+        world.pipeline = False
+        world.answer = (plan(ranges({"a": (0, 8)}), 50, 5), None)
+        world.replanner.something_changed()
+        while len(world.pushed) < 2:
+            await asyncio.sleep(0.01)
     running.cancel()
 
 
