@@ -231,7 +231,7 @@ class Daemon:
             serving = serve(app, listen.host, listen.port, ssl_context=self._api_tls)
             self.api = await stack.enter_async_context(serving)
         except OSError as error:
-            raise ConfigError(_cannot_listen("api.listen", "--listen", listen.host, listen.port, error)) from error
+            raise ConfigError(cannot_listen("api.listen", "--listen", listen.host, listen.port, error)) from error
         coordinator.start()
         logs.event(
             log, logging.INFO, "serving", model=coordinator.model_name, api=self.api.url,
@@ -355,11 +355,13 @@ async def _listen(endpoint: Endpoint, config: Config, address: tuple[str, int] |
     try:
         return await endpoint.listen(host, port)
     except OSError as error:
-        raise ConfigError(_cannot_listen("cluster.listen", "--peer-listen", host, port, error)) from error
+        raise ConfigError(cannot_listen("cluster.listen", "--peer-listen", host, port, error)) from error
 
 
-def _cannot_listen(key: str, flag: str, host: str, port: int, error: OSError) -> str:
-    why = os.strerror(error.errno) if error.errno else str(error)
+def cannot_listen(key: str, flag: str, host: str, port: int, error: OSError) -> str:
+    """Why an address cannot be had, and what to do."""
+    # A resolver's numbers are below 0, and its own.
+    why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
     return f"{key} = {host}:{port}: {why}; give another address with {flag} HOST:PORT"
 
 

@@ -11,6 +11,7 @@ from helixd.api.options import ApiOptions, Limits
 from helixd.config import Config
 from helixd.config.checks import passed_in
 from helixd.coordinator.coordinator import CoordinatorOptions, ServedModel
+from helixd.coordinator.drift import DriftOptions
 from helixd.coordinator.planning import Pin, PlanningOptions
 from helixd.coordinator.replanning import ReplanOptions
 from helixd.errors import ConfigError
@@ -75,6 +76,7 @@ def coordinator_options(config: Config) -> CoordinatorOptions:
         replan=ReplanOptions(
             planner.wait_for_nodes, planner.settle_s, planner.replan_gain, planner.replan_cooldown_s
         ),
+        drift=DriftOptions(planner.drift_factor, planner.drift_hold_s),
     )  # fmt: skip
 
 

@@ -1,42 +1,56 @@
 #!/usr/bin/env python3
 """The paper's evaluation in simulated time, one table: what was published, or measured with its artifact | ours.
 
-    scripts/bench_paper.py [--shared DIR] [--only SECTION ...] [--seed N]
+    scripts/bench_paper.py [--only SECTION ...] [--cluster NAME ...] [--flows N] [--save FILE] [--shared DIR] [--seed N]
 
 Sections: fidelity (policy paper, placements as published), paper (policy paper, our plan), offline and online (policy
-helixd, our plan), baselines (policy helixd, others' placements and others' routing). Takes some ten minutes on a core.
+helixd, our plan), baselines (policy helixd, others' placements and others' routing), choice (is the plan that the
+planner takes the one that simulates best), explore (what the paper did not try). All of it takes half an hour on a
+core; --only and --cluster run it in pieces, and --save FILE keeps what they found beside what the file has.
 Clusters, placements and traces are read from DIR, `../shared` beside the project. Exit status 1 if something that is
 asked for falls short. Nothing here is a measurement of hardware.
 """
 
 import argparse
-import csv
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
+
+from paper_explore import choice, explore
+from paper_inputs import (
+    CLUSTERS,
+    DISTRIBUTED,
+    MIXED,
+    SHARED,
+    SINGLE,
+    Inputs,
+    Row,
+    Section,
+    depth,
+    drawn,
+    our_plan,
+    read_inputs,
+    served,
+    waits,
+)
 
 from helixd.ids import NodeId
-from helixd.layers import LayerRange
 from helixd.plan.baselines import BASELINES, baseline_plan
-from helixd.plan.clusterfile import parse_cluster
 from helixd.plan.flow import FlowModel
 from helixd.plan.holding import Holding
 from helixd.plan.judge import judged
 from helixd.plan.plan import Hop, Infeasible, Plan
-from helixd.plan.planner import plan_cluster
-from helixd.plan.predict import PAPER, predict, stages
+from helixd.plan.predict import PAPER, predict
 from helixd.plan.search import Search
 from helixd.plan.spec import ClusterSpec
 from helixd.sim.helixd import HelixdPolicy
-from helixd.sim.load import Lengths, Offline, Online
-from helixd.sim.meter import Report
+from helixd.sim.load import Offline, Online
 from helixd.sim.paper import PaperPolicy
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-SINGLE, DISTRIBUTED, MIXED = "single24-llama70b", "distributed24-llama70b", "heterogeneous42-llama70b"
+from helixd.sim.paper_schedule import scheduled_flow
 
 # Cluster, placement, scheduler, requests in flight (None: the max-flow feed), decode tokens/s published or measured.
 FIDELITY = (
@@ -64,68 +78,60 @@ ONLINE = ((SINGLE, 700.0, 2.64, 0.98), (DISTRIBUTED, 320.0, 5.79, 0.93), (MIXED,
 TRIED, TRIED_S = 8, 150.0
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What is read from disk."""
-
-    shared: Path
-    lengths: Lengths
-    per_interval: tuple[int, ...]
-    seed: int
-
-    def cluster(self, name: str) -> ClusterSpec:
-        """The cluster of that name."""
-        return parse_cluster(json.loads((self.shared / "clusters" / f"{name}.json").read_text()))
-
-    def placed(self, spec: ClusterSpec, path: str) -> Plan:
-        """The placement in a file, as a plan."""
-        data = json.loads((self.shared / "clusters" / path).read_text())["placement"]
-        placement = {NodeId(node): LayerRange(*pair) for node, pair in data.items() if pair and pair[0] < pair[1]}
-        return judged(Holding(spec), placement, method=path, check=False)
-
-
-def read_inputs(shared: Path, seed: int) -> Inputs:
-    """The traces."""
-    with (shared / "traces" / "azure_conv_lengths.csv").open() as file:
-        pairs = [(int(row["input_tokens"]), int(row["output_tokens"])) for row in csv.DictReader(file)]
-    with (shared / "traces" / "azure_conv_arrivals_per_3s.csv").open() as file:
-        counts = tuple(int(row["requests"]) for row in csv.DictReader(file))
-    return Inputs(shared, Lengths(pairs), counts, seed)
-
-
-Row = tuple[str, str, str, bool]
-
-
 def fidelity(inputs: Inputs) -> Iterator[Row]:
-    """Policy paper. Which of the many max flows the artifact takes is unknown: an even one / one path by path; the
-    nearer counts.
+    """Policy paper. Which of the many max flows the artifact took is unknown: an even one / one path by path / the
+    median of preflow pushes with arcs in several orders (least to most); the nearest of all counts.
     """
     for cluster, path, scheduler, in_flight, published in FIDELITY:
+        if cluster not in inputs.clusters:
+            continue
         spec = inputs.cluster(cluster)
         plan = inputs.placed(spec, path)
-        found: list[float] = []
-        for even in (True, False) if scheduler == "max-flow" else (True,):
-            policy = PaperPolicy(scheduler, even_flow=even)
-            report = policy.run(spec, plan, Offline(in_flight), inputs.lengths, seed=inputs.seed)
-            found.append(report.decode_tokens_per_s)
+        found = [
+            policy.run(spec, plan, Offline(in_flight), inputs.lengths, seed=inputs.seed).decode_tokens_per_s
+            for policy in _policies(spec, plan, scheduler, inputs.flows)
+        ]
         nearest = min(found, key=lambda value: abs(value - published))
-        both = " / ".join(f"{value:.1f}" for value in found)
-        good = abs(nearest / published - 1) <= 0.05
-        yield Path(path).stem, f"{published:.1f}", f"{both} ({nearest / published - 1:+.1%})", good
+        shown = " / ".join(f"{value:.1f}" for value in found[:2])
+        pushed = sorted(found[2:])
+        if pushed:
+            shown += f" / {median(pushed):.1f} ({pushed[0]:.1f} to {pushed[-1]:.1f}, {len(pushed)} flows)"
+        figures = {"published": published, "nearest": nearest, "least": min(found), "most": max(found)}
+        figures["median"] = median(found)
+        yield Row(
+            cluster, Path(path).stem, f"{published:.1f}", f"{shown}; {nearest / published - 1:+.1%}",
+            abs(nearest / published - 1) <= 0.05, {**figures, "flows": len(found), "plan": drawn(spec, plan)},
+        )  # fmt: skip
+
+
+def _policies(spec: ClusterSpec, plan: Plan, scheduler: str, flows: int) -> list[PaperPolicy]:
+    """One for every different max flow that is tried."""
+    if scheduler != "max-flow":
+        return [PaperPolicy(scheduler)]
+    found = [PaperPolicy(), PaperPolicy(flow="paths")]
+    found += [PaperPolicy(flow="preflow", flow_seed=None if n == 0 else n) for n in range(flows)]
+    known: dict[tuple[object, ...], PaperPolicy] = {}
+    for policy in found:
+        flow = scheduled_flow(spec, plan.placement, kind=policy.flow, seed=policy.flow_seed)
+        known.setdefault(tuple(sorted((edge, round(carried, 3)) for edge, carried in flow.edges.items())), policy)
+    return list(known.values())
 
 
 def paper(inputs: Inputs) -> Iterator[Row]:
     """Policy paper, where only the plan is ours: of the plans predicted best, the one that simulates best."""
     for cluster, published, _, _, factor in OFFLINE:
+        if cluster not in inputs.clusters:
+            continue
         spec = inputs.cluster(cluster)
         plan = plan_for_paper(inputs, spec)
         both: list[float] = []
-        for even in (True, False):
-            report = PaperPolicy(even_flow=even).run(spec, plan, Offline(), inputs.lengths, seed=inputs.seed)
+        for flow in ("even", "paths"):
+            report = PaperPolicy(flow=flow).run(spec, plan, Offline(), inputs.lengths, seed=inputs.seed)
             both.append(report.decode_tokens_per_s / published)
         asked = f"asked {factor:.2f} x; {both[1]:.2f} x with a flow path by path"
         note = f"{both[0] * published:.1f} = {both[0]:.2f} x ({asked}), {depth(spec, plan):.0f} stages"
-        yield f"{cluster}, our plan", f"{published:.1f}", note, both[0] >= factor
+        figures = {"decode_tokens_per_s": round(both[0] * published, 2), "published": published}
+        yield Row(cluster, f"{cluster}, our plan", f"{published:.1f}", note, both[0] >= factor, figures)
 
 
 def plan_for_paper(inputs: Inputs, spec: ClusterSpec) -> Plan:
@@ -152,6 +158,8 @@ def plan_for_paper(inputs: Inputs, spec: ClusterSpec) -> Plan:
 def offline(inputs: Inputs) -> Iterator[Row]:
     """Policy helixd, our plan, our routing, as much work as fits."""
     for cluster, published, floor, aim, _ in OFFLINE:
+        if cluster not in inputs.clusters:
+            continue
         spec = inputs.cluster(cluster)
         plan = our_plan(spec)
         for feedback in (False, True):
@@ -160,12 +168,15 @@ def offline(inputs: Inputs) -> Iterator[Row]:
             ours = report.decode_tokens_per_s
             note = f"{ours:.1f} = {ours / published:.2f} x (floor {floor:.0f}, aim {aim:.0f}), {waits(report)}"
             name = f"{cluster}, {depth(spec, plan):.0f} stages" + (", direct feedback" if feedback else "")
-            yield name, f"{published:.1f}", note, ours >= floor
+            figures = {"published": published, "plan": drawn(spec, plan), **served(report)}
+            yield Row(cluster, name, f"{published:.1f}", note, ours >= floor, figures)
 
 
 def online(inputs: Inputs) -> Iterator[Row]:
     """Policy helixd at the rates of the paper's latency figures: half the first token, 0.8 of the decode pass."""
     for cluster, rate, first_s, pass_s in ONLINE:
+        if cluster not in inputs.clusters:
+            continue
         spec = inputs.cluster(cluster)
         plan = our_plan(spec)
         load = Online(rate, inputs.per_interval)
@@ -173,21 +184,24 @@ def online(inputs: Inputs) -> Iterator[Row]:
         good = report.ttft_s.p50 <= first_s / 2 and report.tpot_s.p50 <= 0.8 * pass_s and not report.dropped
         asked = f"asked {first_s / 2:.2f} s, {0.8 * pass_s:.3f} s; {report.dropped} dropped"
         published = f"{first_s:.2f} s, {pass_s:.2f} s"
-        yield f"{cluster} at {rate:.0f} tokens/s", published, f"{waits(report)} ({asked})", good
+        figures = {"published_ttft_p50_s": first_s, "published_tpot_p50_s": pass_s, "rate": rate, **served(report)}
+        name = f"{cluster} at {rate:.0f} tokens/s"
+        yield Row(cluster, name, published, f"{waits(report)} ({asked})", good, figures)
 
 
 def baselines(inputs: Inputs) -> Iterator[Row]:
     """Policy helixd: what planning and routing give on their own, against others' placements and others' routing."""
-    for cluster, _, _, _, _ in OFFLINE:
+    for cluster in inputs.clusters:
         spec = inputs.cluster(cluster)
         plan = our_plan(spec)
-        ours = HelixdPolicy().run(spec, plan, Offline(), inputs.lengths, seed=inputs.seed).decode_tokens_per_s
-        yield f"{cluster}, helixd", "-", f"{ours:.1f}", True
+        report = HelixdPolicy().run(spec, plan, Offline(), inputs.lengths, seed=inputs.seed)
+        ours = report.decode_tokens_per_s
+        yield Row(cluster, f"{cluster}, helixd", "-", f"{ours:.1f}", figures=served(report))
         for name in BASELINES:
             try:
                 other = baseline_plan(name, spec, time_limit_s=5.0, clock=time.monotonic)
             except Infeasible as error:
-                yield f"  placed by {name}", "-", f"no plan: {error}"[:70], True
+                yield Row(cluster, f"  placed by {name}", "-", f"no plan: {error}", figures={"none": str(error)})
                 continue
             yield row_against(f"  placed by {name}", HelixdPolicy(), other, spec, inputs, ours)
         for chooser in ("swarm", "random", "shortest-queue", "round-robin"):
@@ -201,7 +215,8 @@ def row_against(
     """A baseline's row: what it serves, and how much more ours does."""
     report = policy.run(spec, plan, Offline(), inputs.lengths, seed=inputs.seed)
     theirs = report.decode_tokens_per_s
-    return name, "-", f"{theirs:.1f}: " + (f"ours {ours / theirs:.2f} x" if theirs else "nothing"), True
+    shown = f"{theirs:.1f}: " + (f"ours {ours / theirs:.2f} x" if theirs else "nothing")
+    return Row(spec.name, name, "-", shown, figures=served(report))
 
 
 def every_edge(spec: ClusterSpec, plan: Plan) -> Plan:
@@ -212,29 +227,19 @@ def every_edge(spec: ClusterSpec, plan: Plan) -> Plan:
     return replace(plan, schedule={src: tuple(found) for src, found in hops.items()})
 
 
-_plans: dict[str, Plan] = {}
-
-
-def our_plan(spec: ClusterSpec) -> Plan:
-    """The planner's own choice, made once per cluster."""
-    if spec.name not in _plans:
-        _plans[spec.name] = plan_cluster(spec, clock=time.monotonic)
-    return _plans[spec.name]
-
-
-def depth(spec: ClusterSpec, plan: Plan) -> float:
-    """Nodes that a token crosses."""
-    return stages(FlowModel(spec).solve(plan.placement))
-
-
-def waits(report: Report) -> str:
-    """Medians of the first token and of a decode pass."""
-    return f"first token {report.ttft_s.p50:.2f} s, next {report.tpot_s.p50:.3f} s"
-
-
-RUN: dict[str, Callable[[Inputs], Iterator[Row]]] = {
+RUN: dict[str, Section] = {
     "fidelity": fidelity, "paper": paper, "offline": offline, "online": online, "baselines": baselines,
+    "choice": choice, "explore": explore,
 }  # fmt: skip
+
+
+def save(path: Path, section: str, cluster: str, rows: list[Row]) -> None:
+    """Keep a section's rows of one cluster in a JSON file, beside what else it has."""
+    data = json.loads(path.read_text()) if path.exists() else {}
+    data.setdefault(section, {})[cluster] = [
+        {"name": row.name.strip(), "good": row.good, "shown": row.ours, **row.figures} for row in rows
+    ]
+    path.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def main() -> int:
@@ -242,19 +247,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder with clusters/ and traces/")
     parser.add_argument("--only", nargs="+", choices=RUN, default=list(RUN), metavar="SECTION", help="these only")
+    parser.add_argument("--cluster", nargs="+", choices=CLUSTERS, default=CLUSTERS, metavar="NAME", help="these only")
+    parser.add_argument("--flows", type=int, default=8, metavar="N", help="preflow pushes tried in fidelity (8)")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="keep the figures in this JSON file")
     parser.add_argument("--seed", type=int, default=0, help="other lengths, other arrivals")
     options = parser.parse_args()
     if not (options.shared / "clusters").is_dir():
         print(f"no clusters in {options.shared}: name their folder with --shared", file=sys.stderr)
         return 2
-    inputs = read_inputs(options.shared, options.seed)
     missed = 0
     print(f"{'':52}{'published':>16}  ours")
     for section in options.only:
         print(f"\n{section}: {' '.join((RUN[section].__doc__ or '').split())}")
-        for name, published, ours, good in RUN[section](inputs):
-            missed += not good
-            print(f"  {name:50}{published:>16}  {ours}{'' if good else '  SHORT'}", flush=True)
+        for cluster in options.cluster:
+            rows: list[Row] = []
+            for row in RUN[section](read_inputs(options.shared, options.seed, (cluster,), options.flows)):
+                rows.append(row)
+                missed += not row.good
+                print(f"  {row.name:50}{row.published:>16}  {row.ours}{'' if row.good else '  SHORT'}", flush=True)
+            if options.save:
+                save(options.save, section, cluster, rows)
     return 1 if missed else 0
 
 

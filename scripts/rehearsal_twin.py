@@ -1,7 +1,7 @@
 """The simulated twin of a rehearsal: the plan that the coordinator serves by, the load that it is sent.
 
-The simulator goes by the options that the daemons were started with, and by what they do differently from its own
-policy: KV is counted in pages, clients announce how much they want, and a step's decode rows travel in one frame.
+The simulator goes by the options that the daemons were started with, and by what is different in a rehearsal: clients
+announce how much they want.
 """
 
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ def served_plan(view: Mapping[str, Any], num_layers: int, time_scale: float) -> 
 
 def policy(limits: StepLimits) -> HelixdPolicy:
     """What the daemons do with these limits of a step."""
-    return HelixdPolicy(limits=limits, kv_page_tokens=KV_PAGE_TOKENS, lengths_announced=True, frames=True)
+    return HelixdPolicy(limits=limits, kv_page_tokens=KV_PAGE_TOKENS, lengths_announced=True)
 
 
 def clients_for(

@@ -26,7 +26,7 @@ def load_keys(path: Path, *, guarded: bool = False) -> frozenset[bytes]:
     try:
         if path.stat().st_mode & 0o077 and not guarded:
             raise ConfigError(f"{path}: others can read this key file; run chmod 600 on it")
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot read the key file: {error}") from error
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

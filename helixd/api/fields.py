@@ -91,6 +91,15 @@ _SHARED = (
     _refused("json_schema"),
     _refused("typical_p", 1, 1.0),
     _refused("mirostat", 0),
+    _refused("dry_multiplier", 0, 0.0),
+    _refused("xtc_probability", 0, 0.0),
+    # Other servers' names for what has another name here, or is not offered.
+    _refused("repeat_penalty", 1, 1.0),
+    _refused("enable_thinking"),
+    _refused("regex"),
+    _refused("ebnf"),
+    _refused("return_token_ids", False),
+    _refused("return_tokens_as_token_ids", False),
 )
 
 CHAT_FIELDS = (
@@ -142,6 +151,7 @@ COMPLETION_FIELDS = (
     _honoured("best_of", {"type": "integer", "minimum": 1}),
     _honoured("add_special_tokens", _BOOLEAN),
     _honoured("response_format", {"type": "object", "properties": {"type": {"const": "text"}}}),
+    _refused("max_completion_tokens"),
     _refused("suffix", ""),
     _refused("prompt_embeds"),
 )

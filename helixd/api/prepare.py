@@ -1,5 +1,6 @@
 """A parsed call to generation requests: rendered, tokenised, and checked against the context. Runs on a thread."""
 
+import codecs
 from dataclasses import dataclass, replace
 
 from helixd.api.chat_request import ChatCall
@@ -7,13 +8,14 @@ from helixd.api.completion_request import CompletionCall
 from helixd.api.errors import bad_field, context_too_long
 from helixd.api.options import ApiOptions
 from helixd.api.sampling_fields import CommonFields, Target, draw_seed
-from helixd.api.text import TextTools
+from helixd.api.text import TextTools, Tokenizer
 from helixd.coordinator.generation import GenerationRequest
 from helixd.ids import RequestId
 
 HEAD_CHARACTERS_PER_TOKEN = 32
 HEAD_TOO_LONG = 1.25
 """A text whose head of 32 characters per token of context is 1.25 contexts long is too long: the rest is not read."""
+MAX_CHARACTER_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ def prepare_completion(
             prompt = given
         _check_length("prompt", prompt, max_tokens, target)
         if call.echo:
-            echoes.append(given if isinstance(given, str) else text.tokenizer.decode(prompt))
+            echoes.append(given if isinstance(given, str) else _echo(prompt, call.max_tokens > 0, text.tokenizer))
         common = call.common
         if index and not common.seeded:
             common = replace(common, sampling=replace(common.sampling, seed=draw_seed()))
@@ -65,6 +67,18 @@ def prepare_completion(
         request = _request(request_id, prompt, max_tokens, common, options, client)
         requests.append(replace(request, prompt_logprobs=call.echo and common.sampling.logprobs is not None))
     return Prepared(response_id, tuple(requests), tuple(echoes))
+
+
+def _echo(prompt: tuple[int, ...], goes_on: bool, tokenizer: Tokenizer) -> str:
+    """The text of a prompt of ids. A character that it only begins is the answer's to complete, where there is one."""
+    text = tokenizer.decode(prompt)
+    if not goes_on:
+        return text
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in [token for token in prompt if token not in tokenizer.special_ids][-MAX_CHARACTER_TOKENS:]:
+        decoder.decode(tokenizer.token_bytes(token))
+    begun, _ = decoder.getstate()
+    return text[:-1] if begun else text
 
 
 def _encode(

@@ -132,7 +132,14 @@ def _simulate(arguments: argparse.Namespace) -> list[Simulated]:
     script = _script(arguments, spec)
     found: list[Simulated] = []
     for name in (arguments.plan, *arguments.compare):
-        plan = the_plan(name, spec, seed=arguments.seed)
+        try:
+            plan = the_plan(name, spec, seed=arguments.seed)
+        except CommandFailed as error:
+            # What it is compared with may be impossible; that is an answer too.
+            if not found or error.status != Exit.INFEASIBLE:
+                raise
+            found[0].impossible[name] = str(error).removeprefix(f"{name}: ")
+            continue
         with _Line(f"simulating {name}") as line:
             try:
                 report = _run(arguments, spec, plan, load, lengths, script, line)

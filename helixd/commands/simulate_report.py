@@ -1,7 +1,7 @@
 """What a simulated run showed, as one object for text, picture and JSON."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from helixd.plan.plan import Plan
 from helixd.plan.spec import ClusterSpec
@@ -11,13 +11,17 @@ from helixd.sim.meter import Quantiles, Report
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """One plan under a load. `name` is what the command line calls it."""
+    """One plan under a load. `name` is what the command line calls it.
+
+    `impossible`: what it was to be compared with and no plan exists for, and why.
+    """
 
     name: str
     spec: ClusterSpec
     plan: Plan
     load: Load
     report: Report
+    impossible: dict[str, str] = field(default_factory=dict)
 
 
 def simulate_json(found: list[Simulated]) -> str:
@@ -36,7 +40,9 @@ def simulate_json(found: list[Simulated]) -> str:
         }
         for node, seen in first.report.nodes.items()
     }
-    whole["compared"] = {other.name: _figures(other) for other in others} or None
+    compared: dict[str, object] = {other.name: _figures(other) for other in others}
+    compared |= {name: {"plan": name, "no_plan": why} for name, why in first.impossible.items()}
+    whole["compared"] = compared or None
     return "{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in whole.items()) + "\n}"
 
 

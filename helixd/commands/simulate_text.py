@@ -36,6 +36,8 @@ def show(console: Console, found: list[Simulated]) -> None:
     if len(found) > 1:
         console.print()
         console.print(_plans(found))
+    for name, why in first.impossible.items():
+        console.print(f"  {name}: no plan: {why}", style="dim")
     console.print()
     console.print(_nodes(first))
 

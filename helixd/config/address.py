@@ -38,6 +38,17 @@ class Address:
             raise ValueError(f"{text!r} is ambiguous; write an IPv6 address in brackets, as in [::1]:7070")
         if not host or any(character.isspace() for character in host):
             raise ValueError(f"{text!r} has no host; write HOST:PORT, with 0.0.0.0 to listen on every interface")
+        if ":" not in host and not _resolvable(host):
+            raise ValueError(f"{text!r}: no host has such a name; each part of it has 1 to 63 characters")
         if not (port.isascii() and port.isdigit()) or int(port) > 65535:
             raise ValueError(f"{text!r}: the port must be a number from 0 to 65535")
         return cls(host, int(port))
+
+
+def _resolvable(host: str) -> bool:
+    """Whether a resolver would take it: it encodes names so before it asks anybody."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return True

@@ -35,7 +35,9 @@ class Kind(Generic[T]):
         if self.toml_text:
             try:
                 value = tomllib.loads(f"value = {text}")["value"]
-            except tomllib.TOMLDecodeError:
+            except tomllib.TOMLDecodeError as error:
+                if text.lstrip().startswith("["):
+                    raise ValueError(f'{text!r} is not a list as TOML writes it, as in ["a", "b"]') from error
                 value = text
         return self.parse(value, base)
 
@@ -74,6 +76,18 @@ def _strings(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
         raise ValueError('expected a list of strings, as in ["a", "b"]')
     return tuple(value)
+
+
+def name(most_bytes: int) -> Kind[str]:
+    """A string that people read and daemons send one another; it may be empty."""
+
+    def parse(value: object, _base: Path) -> str:
+        text = _string(value)
+        if (text and not text.isprintable()) or len(text.encode()) > most_bytes:
+            raise ValueError(f"{text[:80]!r} must be printable, and at most {most_bytes} bytes")
+        return text
+
+    return Kind("string", parse, lambda value: value)
 
 
 def choice(*options: str) -> Kind[str]:

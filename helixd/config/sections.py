@@ -24,8 +24,9 @@ ModelDType = Literal["auto", "float32", "float16", "bfloat16"]
 class NodeConfig:
     """This daemon's identity and its directories."""
 
-    id: str = key("", kinds.TEXT, "Identity in the cluster. Empty: made once and kept in state_dir.")
-    name: str = key("", kinds.TEXT, "Name for people, in logs and /cluster. Empty: the host's name.")
+    # A worker beside a coordinator, and one with several devices, make longer names of it; a peer's has 200 bytes.
+    id: str = key("", kinds.name(180), "Identity in the cluster. Empty: made once and kept in state_dir.")
+    name: str = key("", kinds.name(255), "Name for people, in logs and /cluster. Empty: the host's name.")
     state_dir: Path = key(
         kinds.UNSET_PATH, kinds.PATH,
         "Where identity, measurements and the last epoch are kept. Empty: $STATE_DIRECTORY, else"
@@ -58,7 +59,7 @@ class ModelConfig:
         " it; a worker may leave it empty.",
     )  # fmt: skip
     name: str = key(
-        "", kinds.TEXT,
+        "", kinds.name(255),
         "Name clients ask for. Empty: the directory's name, or org/name for a snapshot in a Hugging Face cache.",
     )  # fmt: skip
     dtype: ModelDType = key(
@@ -231,7 +232,7 @@ class EngineConfig:
 
     max_batch_sequences: int = key(64, kinds.integer(1), "Sequences in one step.")
     max_batch_tokens: int = key(512, kinds.integer(1), "Tokens in one step, decode and prefill together.")
-    prefill_chunk_tokens: int = key(256, kinds.integer(1), "A longer prompt is computed in chunks of this size.")
+    prefill_chunk_tokens: int = key(128, kinds.integer(1), "A longer prompt is computed in chunks of this size.")
     kv_fraction: float = key(
         0.3, kinds.number(0.01, 0.95), "Share of a node's memory kept for KV cache when layers are placed."
     )
@@ -256,6 +257,12 @@ class PlannerConfig:
         0.1, kinds.number(0, 10), "Move layers only if that is predicted to raise throughput by this share."
     )
     replan_cooldown_s: float = key(60.0, kinds.duration(zero=True), "Least time between two plans that move layers.")
+    drift_factor: float = key(
+        2.0, kinds.number(1.1, 1000),
+        "A node whose layers take so many times longer (or shorter) than planned with, or a link that carries so many"
+        " times less (or more), has drifted: a plan is made with what is measured.",
+    )  # fmt: skip
+    drift_hold_s: float = key(60.0, kinds.duration(), "It has only drifted when it was off for longer than this.")
     wait_for_nodes: int = key(1, kinds.integer(1), "Nodes that must have joined before the first plan.")
     settle_s: float = key(1.0, kinds.duration(zero=True), "Wait for further nodes after one joined, before planning.")
     load_speed_bytes: int = key(

@@ -97,7 +97,8 @@ def from_environment(env: Mapping[str, str], schema: Schema, problems: list[Prob
             yield Setting(by_name[name].path, value, f"${name}", Path.cwd(), is_text=True)
         elif name.startswith("HELIXD_") and "__" in name:
             path = tuple(name.removeprefix("HELIXD_").lower().split("__"))
-            problems.append(Problem(f"${name}", schema.unknown(path)))
+            table = next((table for table in schema.tables if path[: len(table)] == table), None)
+            problems.append(Problem(f"${name}", schema.unknown(path) if table is None else _only_elsewhere(table)))
 
 
 def from_overrides(overrides: Sequence[Override], schema: Schema, problems: list[Problem]) -> Iterator[Setting]:
@@ -134,6 +135,14 @@ def _flatten(table: dict[str, object], path: KeyPath, schema: Schema) -> Iterato
             yield from _flatten(value, inner, schema)
         else:
             yield inner, value
+
+
+def _only_elsewhere(table: KeyPath) -> str:
+    name = ".".join(table)
+    return (
+        f"{name} cannot be set by a variable, which cannot have a node's name; use the file, or "
+        f"--set '{name}.\"node-id\".KEY=VALUE'"
+    )
 
 
 def _syntax_problem(path: Path, text: str, message: str) -> Problem:

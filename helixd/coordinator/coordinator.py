@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from helixd import logs
 from helixd.coordinator.admission import Admission
 from helixd.coordinator.desk import WorkerDesk
+from helixd.coordinator.drift import DriftOptions
+from helixd.coordinator.drifting import DriftWatch
 from helixd.coordinator.epochs import Epochs
 from helixd.coordinator.fleet import Fleet
 from helixd.coordinator.generation import Failed, Generation, GenerationRequest, Readiness, Refused
@@ -78,6 +80,7 @@ class CoordinatorOptions:
     probe_timeout_s: float = 30.0
     planning: PlanningOptions = field(default_factory=PlanningOptions)
     replan: ReplanOptions = field(default_factory=ReplanOptions)
+    drift: DriftOptions = field(default_factory=DriftOptions)
 
 
 class Coordinator:
@@ -105,12 +108,18 @@ class Coordinator:
             options.probe_timeout_s,
         )  # fmt: skip
         self.relay = Relay(self.fleet, self.epochs.relays)
+        self.drift = DriftWatch(
+            self.fleet, options.drift, network.identity.peer, self.replanner.drifted, self.epochs.uses,
+            self.prober.again,
+        )  # fmt: skip
         self.desk = WorkerDesk(
             self.fleet, self.admission, self.epochs, self.replanner, self.prober, WeightServer(model.index),
-            WeightCheck(model.digests, tasks), self.relay, self._greeting, tasks,
+            WeightCheck(model.digests, tasks), self.relay, self.drift, self._greeting, tasks,
         )  # fmt: skip
         self._tasks = tasks
-        self._next_sequence = network.identity.incarnation % (1 << 31) * SEQUENCES_PER_LIFE
+        # Not the incarnation: a coordinator that lost its state counts its lives anew, before workers that remember.
+        life = int.from_bytes(network.identity.instance[-4:], "big") % (1 << 31)
+        self._next_sequence = life * SEQUENCES_PER_LIFE
         self._requests: set[RequestRun] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -185,7 +194,7 @@ class Coordinator:
             sequence = SequenceRun(
                 SequenceId(self._next_sequence), request, choice, text, max_tokens, self, limits, run.emit
             )  # fmt: skip
-            sequence.order = self._next_sequence
+            sequence.order = self._next_sequence % SEQUENCES_PER_LIFE
             sequences.append(sequence)
         run.sequences = sequences
         self._requests.add(run)

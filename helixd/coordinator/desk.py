@@ -8,13 +8,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import msgspec
 
 from helixd import __version__, logs
 from helixd.coordinator.admission import Admission
+from helixd.coordinator.drifting import DriftWatch
 from helixd.coordinator.epochs import Epochs
-from helixd.coordinator.fleet import Fleet, Peer
+from helixd.coordinator.fleet import AS_MEASURED, Fleet, Peer
 from helixd.coordinator.probing import Prober
 from helixd.coordinator.relay import Relay
 from helixd.coordinator.replanning import Replanner
@@ -23,6 +25,7 @@ from helixd.coordinator.weights import WeightCheck, WeightServer
 from helixd.ids import Attempt, NodeId, PeerId, SequenceId
 from helixd.plan.spec import COORDINATOR
 from helixd.protocol import messages as m
+from helixd.protocol import versions
 from helixd.protocol.codec import ProtocolError, from_frame, to_frame
 from helixd.sampling import TokenLogprobs
 from helixd.wire.link import Frame, FrameHandler, Link
@@ -41,7 +44,8 @@ class WorkerDesk:
 
     def __init__(
         self, fleet: Fleet, admission: Admission, epochs: Epochs, replanner: Replanner, prober: Prober,
-        weights: WeightServer, check: WeightCheck, relay: Relay, greeting: Greeting, tasks: asyncio.TaskGroup,
+        weights: WeightServer, check: WeightCheck, relay: Relay, drift: DriftWatch, greeting: Greeting,
+        tasks: asyncio.TaskGroup,
     ) -> None:  # fmt: skip
         self.failovers = 0
         self.closing = False
@@ -53,9 +57,10 @@ class WorkerDesk:
         self._weights = weights
         self._check = check
         self._relay = relay
+        self._drift = drift
         self._greeting = greeting
         self._tasks = tasks
-        self._senders: dict[Link, asyncio.Task[None]] = {}
+        self._senders: dict[Link, list[asyncio.Task[None]]] = {}
 
     def on_link(self, link: Link) -> FrameHandler:
         """A worker connected; it is nobody until its hello."""
@@ -64,6 +69,9 @@ class WorkerDesk:
     def on_lost(self, link: Link, reason: str) -> None:
         """A worker's link closed: what it held is gone, its sequences move."""
         self._stop_sending(link)
+        known = self._fleet.peers.get(link.peer)
+        if known is not None and known.link is link:
+            self._drift.on_peer_lost(known.id, [self._fleet.nodes[node] for node in known.nodes])
         peer = self._fleet.remove(link.peer, link)
         if peer is None:
             return
@@ -103,9 +111,7 @@ class WorkerDesk:
             case m.Activations():
                 await self._relay.carry(peer, message, frame)
             case m.Scores():
-                scores = tuple(TokenLogprobs(lp, tuple(top)) for lp, top in message.scores)
-                if (run := self._admission.holder(SequenceId(message.sequence))) is not None:
-                    run.deliver(ScoresArrived(Attempt(message.attempt), message.start, scores))
+                self._on_scores(peer, message)
             case m.StageFailed():
                 self._on_stage_failed(message)
             case m.Closed():
@@ -134,48 +140,53 @@ class WorkerDesk:
                 raise ProtocolError(f"a worker must not send {type(message).__name__}")
 
     def _on_hello(self, link: Link, hello: m.Hello, digests: bytes) -> None:
+        if link in self._senders:
+            raise ProtocolError(f"{link.peer} said hello twice; what it offers is known once and for all")
         outbox = Outbox(link, lambda: None)
-        self._stop_sending(link)
-        self._senders[link] = self._tasks.create_task(outbox.run(), name=f"send to {link.peer}")
+        self._senders[link] = [self._tasks.create_task(outbox.run(), name=f"send to {link.peer}")]
         wrong = self._why_not(hello, digests)
         old = self._fleet.peers.get(link.peer)
         if wrong is None and old is not None and old.link is not link:
             self.on_lost(old.link, "a newer life of this worker joined")
+        welcome, config_json = self._greeting()
         if wrong is None:
+            if hello.held_fingerprint != welcome.data:
+                hello = msgspec.structs.replace(hello, held=[])
             host = hello.advertise or link.remote_host
             peer = Peer(link.peer, link.incarnation, link, outbox, host, hello.port, hello)
             taken = self._fleet.add(peer)
             if taken:
                 wrong = m.Refused("node_id", f"node ids already taken by another worker: {', '.join(taken)}", True)
+            else:
+                parcels = self._tasks.create_task(peer.parcels.run(), name=f"parcels to {link.peer}")
+                self._senders[link].append(parcels)
         if wrong is not None:
             logs.event(log, logging.WARNING, "worker_refused", worker=link.peer, code=wrong.code, reason=wrong.message)
-            outbox.post(to_frame(wrong))
+            outbox.post(to_frame(msgspec.structs.replace(wrong, message=m.brief(wrong.message))))
             return
         logs.event(
             log, logging.INFO, "worker_joined", worker=link.peer, name=hello.name, host=link.remote_host,
             nodes=[hardware.node for hardware in hello.nodes],
         )  # fmt: skip
-        welcome, config_json = self._greeting()
-        version = m.common_version(hello.protocol, hello.oldest or hello.protocol)
+        version = versions.common_version(hello.protocol, hello.oldest or hello.protocol)
         assert version is not None
         welcome = msgspec.structs.replace(welcome, protocol=version)
         outbox.post(to_frame(welcome, config_json))
 
     def _stop_sending(self, link: Link) -> None:
-        sender = self._senders.pop(link, None)
-        if sender is not None:
+        for sender in self._senders.pop(link, ()):
             sender.cancel()
 
     def _why_not(self, hello: m.Hello, digests: bytes) -> m.Refused | None:
         welcome, _ = self._greeting()
         oldest = hello.oldest or hello.protocol
-        version = m.common_version(hello.protocol, oldest)
+        version = versions.common_version(hello.protocol, oldest)
         if version is None:
-            older = "the worker" if hello.protocol < m.OLDEST_VERSION else "the coordinator"
+            older = "the worker" if hello.protocol < versions.OLDEST_VERSION else "the coordinator"
             return m.Refused(
                 "version",
                 f"the worker ({hello.software}) speaks protocol {oldest} to {hello.protocol}, this coordinator (helixd "
-                f"{__version__}) {m.OLDEST_VERSION} to {m.PROTOCOL_VERSION}; upgrade {older}",
+                f"{__version__}) {versions.OLDEST_VERSION} to {versions.PROTOCOL_VERSION}; upgrade {older}",
                 True,
             )  # fmt: skip
         if hello.fingerprint and hello.fingerprint != welcome.fingerprint:
@@ -194,12 +205,16 @@ class WorkerDesk:
         names = [hardware.node for hardware in hello.nodes]
         if len(set(names)) < len(names) or COORDINATOR in names or "" in names:
             return m.Refused(
-                "node_id", f"node ids must differ, and be neither empty nor {COORDINATOR!r}: {names}"[:1000], True
+                "node_id", f"node ids must differ, and be neither empty nor {COORDINATOR!r}: {names}", True
             )  # fmt: skip
         return None
 
     def _on_measured(self, peer: Peer, message: m.Measured) -> None:
-        self._fleet.nodes[NodeId(message.node)].measured = message
+        for points in (message.prompt_layer_time_s, message.decode_layer_time_s):
+            if any(high[0] <= low[0] for low, high in pairwise(points)):
+                raise ProtocolError(f"{peer.id} measured {message.node} at batch sizes that do not rise")
+        node = self._fleet.nodes[NodeId(message.node)]
+        node.measured, node.slowdown = message, AS_MEASURED
         if all(self._fleet.nodes[n].measured is not None for n in peer.nodes):
             self._epochs.welcome_back(peer.nodes)
             self._prober.pump()
@@ -212,6 +227,7 @@ class WorkerDesk:
             self._admission.something_changed()
         if status.kv_capacity_token_layers:
             self._admission.ledger.set_capacity(node.id, status.kv_capacity_token_layers)
+        self._drift.on_status(node, status, time.monotonic())
 
     def step_took_too_long(self, lease: Lease, waited_s: float) -> None:
         """A sequence gives up its route since no token came: it, and others, keep off the device that hangs."""
@@ -224,6 +240,12 @@ class WorkerDesk:
         if run is not None and run.lease is not None and run.lease.route.hops[-1].node == node:
             logprobs = None if drawn.logprob is None else TokenLogprobs(drawn.logprob, tuple(drawn.top))
             run.deliver(TokenArrived(Attempt(drawn.attempt), drawn.step, drawn.token, logprobs))
+
+    def _on_scores(self, peer: Peer, message: m.Scores) -> None:
+        run = self._admission.holder(SequenceId(message.sequence))
+        if run is not None and run.lease is not None and run.lease.route.hops[-1].node in peer.nodes:
+            scores = tuple(TokenLogprobs(lp, tuple(top)) for lp, top in message.scores)
+            run.deliver(ScoresArrived(Attempt(message.attempt), message.start, scores))
 
     def _on_stage_failed(self, message: m.StageFailed) -> None:
         run = self._admission.holder(SequenceId(message.sequence))
@@ -262,9 +284,11 @@ class WorkerDesk:
         logs.event(log, logging.INFO, "worker_leaves", worker=peer.id, reason=message.reason)
         peer.draining = True
         nodes = frozenset(peer.nodes)
-        self._admission.break_where(
-            lambda lease: not nodes.isdisjoint(lease.route.nodes), "draining", f"worker {peer.id} is leaving"
-        )
+        # Where nothing else serves, what runs there had better end there; another plan that serves takes it over.
+        if self._admission.has_pipeline():
+            self._admission.break_where(
+                lambda lease: not nodes.isdisjoint(lease.route.nodes), "draining", f"worker {peer.id} is leaving"
+            )
         self._replanner.something_changed()
         self.release_drained_peers()
 

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from helixd import logs
 from helixd.coordinator.admission import Admission
 from helixd.coordinator.fleet import Fleet
@@ -72,7 +74,7 @@ class Epochs:
         held: dict[NodeId, LayerRange] = {}
         for peer in self._fleet.peers.values():
             for node, start, end in peer.hello.held:
-                if 0 <= start < end:
+                if node in peer.nodes and 0 <= start < end <= self._sizes.num_layers:
                     held[NodeId(node)] = LayerRange(start, end)
         for plan in (self.active, self.coming):
             if plan is not None:
@@ -144,6 +146,10 @@ class Epochs:
                 for node in back:
                     self._admission.ledger.set_capacity(node, plan.kv_token_layers[node])
             self._send(plan)
+
+    def uses(self, node: NodeId) -> bool:
+        """Whether a node holds layers of the active or the coming plan."""
+        return any(plan is not None and node in plan.plan.placement for plan in (self.active, self.coming))
 
     def relays(self, one: PeerId, other: PeerId) -> bool:
         """Whether a plan that is alive relays between these workers."""
@@ -221,8 +227,13 @@ class Epochs:
             peer.outbox.post(to_frame(EpochRetire(epoch)))
 
     def _send(self, plan: PlanInForce) -> None:
-        assignments = [self._assignment(plan, node, layers) for node, layers in plan.plan.placement.items()]
+        all_of_it = [self._assignment(plan, node, layers) for node, layers in plan.plan.placement.items()]
+        # Others' schedules are none of a worker's business, and all of them together outgrow a message.
+        without_hops = [replace(assignment, next_hops=[]) for assignment in all_of_it]
         for peer in self._fleet.peers.values():
+            assignments = [
+                full if full.peer == peer.id else short for full, short in zip(all_of_it, without_hops, strict=True)
+            ]
             push = EpochPush(plan.epoch, assignments, self._neighbours(plan, peer.id))
             peer.outbox.post(to_frame(push))
 
@@ -236,17 +247,18 @@ class Epochs:
         return Assignment(node, host, layers.start, layers.end, plan.kv_token_layers[node], hops)
 
     def _neighbours(self, plan: PlanInForce, me: PeerId) -> list[PeerAddress]:
-        """Peers that this one sends to or receives from; the receiver dials, unless they are relayed."""
+        """Peers that this one sends to or receives from. The receiver dials, where it can, unless they are relayed."""
         found: dict[PeerId, PeerAddress] = {}
         for src, hops in plan.plan.schedule.items():
             for hop in hops:
                 a, b = self._fleet.peer_of(src), self._fleet.peer_of(hop.node)
                 if a is None or b is None or a.id == b.id or me not in (a.id, b.id):
                     continue
-                other, receiving = (a, True) if me == b.id else (b, False)
+                other = a if me == b.id else b
+                dialler = a if (b.id, a.id) in self._fleet.cannot_dial else b
                 known = found.get(other.id)
                 relay = frozenset((a.id, b.id)) in plan.relayed
-                dial = not relay and (receiving or (known is not None and known.dial))
+                dial = not relay and (me == dialler.id or (known is not None and known.dial))
                 found[other.id] = PeerAddress(other.id, other.host, other.port, dial, relay)
         return list(found.values())
 

@@ -1,4 +1,4 @@
-"""The coordinator's own figures for Prometheus: what it carries between workers that nothing links, and its disk."""
+"""The coordinator's own figures for Prometheus: what it relays, how nodes do against what was measured, its disk."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,7 +10,7 @@ from helixd.coordinator.coordinator import Coordinator
 
 
 class CoordinatorFigures(Collector):
-    """Read when they are asked for. Labels: none; `/cluster` names the pairs.
+    """Read when they are asked for. Labels: node ids and kinds of work; `/cluster` names the pairs that are relayed.
 
     `state_write_errors`: how often the state directory did not take what should be remembered.
     """
@@ -31,6 +31,25 @@ class CoordinatorFigures(Collector):
         yield CounterMetricFamily(
             "helixd_relay_dropped_frames", "Messages that could not be passed on", relay.dropped_frames
         )
+        yield CounterMetricFamily(
+            "helixd_drifts", "Nodes and links found to differ for long from what was planned with",
+            self._coordinator.drift.count,
+        )  # fmt: skip
+        measured = GaugeMetricFamily(
+            "helixd_node_slowdown", "Times of steps over those measured before any placement", labels=["node", "kind"]
+        )
+        planned = GaugeMetricFamily(
+            "helixd_node_slowdown_planned", "The slowdown of a node that is planned with", labels=["node", "kind"]
+        )
+        for node in self._coordinator.fleet.nodes.values():
+            status = node.status
+            seen = (0.0, 0.0) if status is None else (status.prefill_slowdown, status.decode_slowdown)
+            for kind, found, believed in zip(("prefill", "decode"), seen, node.slowdown, strict=True):
+                planned.add_metric([node.id, kind], believed)
+                if found:
+                    measured.add_metric([node.id, kind], found)
+        yield measured
+        yield planned
         yield CounterMetricFamily(
             "helixd_state_write_errors", "Writes that the state directory did not take", self._state_write_errors()
         )

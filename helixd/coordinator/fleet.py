@@ -5,6 +5,7 @@ A node's facts are what it said and what was measured; nothing is invented where
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from helixd.ids import Incarnation, NodeId, PeerId
 from helixd.protocol.messages import Hello, Measured, NodeHardware, NodeStatus
@@ -19,7 +20,7 @@ nodes say how they are once a second."""
 
 @dataclass(slots=True)
 class Peer:
-    """A worker daemon that has been welcomed."""
+    """A worker daemon that has been welcomed. `parcels`: pieces of weights wait there, and nothing else behind them."""
 
     id: PeerId
     incarnation: Incarnation
@@ -30,6 +31,20 @@ class Peer:
     hello: Hello
     draining: bool = False
     nodes: list[NodeId] = field(default_factory=list)
+    parcels: Outbox = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parcels = Outbox(self.link, lambda: None)
+
+
+class Slowdown(NamedTuple):
+    """How many times longer than measured a node's layers are taken to take."""
+
+    prefill: float = 1.0
+    decode: float = 1.0
+
+
+AS_MEASURED = Slowdown()
 
 
 @dataclass(slots=True)
@@ -37,7 +52,7 @@ class Node:
     """A device of a peer. `problem`: why it could not load lately; `failures`: how often it could not.
 
     `heard_s`: when `status` came. `hangs_after_steps`: how many steps it had done when it was seen to hang, None if it
-    does not.
+    does not. `slowdown` is what is planned with.
     """
 
     id: NodeId
@@ -49,6 +64,7 @@ class Node:
     failures: int = 0
     heard_s: float = 0.0
     hangs_after_steps: int | None = None
+    slowdown: Slowdown = AS_MEASURED
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +77,17 @@ class LinkFact:
 
 
 class Fleet:
-    """Peers, nodes and links between peers, as they are now."""
+    """Peers, nodes and links between peers, as they are now.
+
+    `cannot_dial`: (one, other) where a link can be made by the other one only, as if that is behind NAT. Remembered
+    over their lives, since a new life is on the same network.
+    """
 
     def __init__(self) -> None:
         self.peers: dict[PeerId, Peer] = {}
         self.nodes: dict[NodeId, Node] = {}
         self.links: dict[tuple[PeerId, PeerId], LinkFact] = {}
+        self.cannot_dial: set[tuple[PeerId, PeerId]] = set()
 
     def add(self, peer: Peer) -> list[str]:
         """Welcome a peer. Returns what is wrong: names of its nodes that another peer already has."""

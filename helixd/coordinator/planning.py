@@ -88,7 +88,9 @@ def build_spec(
     fleet: Fleet, name: str, sizes: ModelSizes, options: PlanningOptions, holding: Mapping[NodeId, LayerRange],
     relayed: Collection[Pair] = (),
 ) -> ClusterSpec:  # fmt: skip
-    """The cluster as it is measured now. `holding`: the ranges nodes have loaded, which a new plan may keep.
+    """The cluster as it is measured now, at work where that differs much.
+
+    `holding`: the ranges nodes have loaded, which a new plan may keep.
 
     `relayed`: workers that nothing connects, taken to be connected through the coordinator.
     """
@@ -118,8 +120,8 @@ def _measurement(node: Node) -> NodeMeasurement:
     return NodeMeasurement(
         node.hardware.device_name or node.hardware.device,
         node.hardware.memory_budget_bytes,
-        tuple(node.measured.prompt_layer_time_s),
-        tuple(node.measured.decode_layer_time_s),
+        tuple((rows, seconds * node.slowdown.prefill) for rows, seconds in node.measured.prompt_layer_time_s),
+        tuple((rows, seconds * node.slowdown.decode) for rows, seconds in node.measured.decode_layer_time_s),
     )
 
 

@@ -2,7 +2,8 @@
 
 Workers probe each other over the sockets that carry activations; the coordinator only asks and waits. A pair that
 cannot connect is recorded with its error: the planner treats it as absent, and it is asked again, ever less often,
-until it can. Runs again for whoever joins.
+until it can. Where one of the two can connect, the other one is asked again at once, and plans are told who dials. Runs
+again for whoever joins.
 """
 
 import asyncio
@@ -21,6 +22,9 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 10.0
 RETRY_MAX_S = 60.0
+NOTABLE = 1.5
+ALIKE_RTT_S = 0.005
+"""Round trips below this are alike: so much passes in event loops."""
 HUB = PeerId(COORDINATOR)
 Pair = tuple[PeerId, PeerId]
 
@@ -43,6 +47,7 @@ class Prober:
         self._retry_s: dict[Pair, float] = {}
         self._retries: dict[Pair, asyncio.Task[None]] = {}
         self._due: dict[Pair, None] = {}
+        self._wanted: dict[Pair, None] = {}
 
     @property
     def complete(self) -> bool:
@@ -52,13 +57,17 @@ class Prober:
     def pump(self) -> None:
         """Start the probes that can start now; what was never measured goes ahead of what failed."""
         self._due = {pair: None for pair in self._due if (known := self._fleet.links.get(pair)) and known.error}
-        for src, dst in [*self._missing(), *self._due]:
+        self._wanted = {
+            pair: None for pair in self._wanted if (known := self._fleet.links.get(pair)) and not known.error
+        }
+        for src, dst in [*self._missing(), *self._due, *self._wanted]:
             if (src, dst) in self._under_way:
                 continue
             hosts = {self._host(src), self._host(dst)}
             if hosts & self._busy_hosts:
                 continue
             self._due.pop((src, dst), None)
+            self._wanted.pop((src, dst), None)
             self._busy_hosts |= hosts
             self._under_way[src, dst] = asyncio.get_running_loop().create_future()
             self._tasks.create_task(self._probe(src, dst, hosts), name=f"probe {src} -> {dst}")
@@ -69,6 +78,11 @@ class Prober:
         waiting = self._under_way.get((HUB, src) if to_me else (src, PeerId(message.peer)))
         if waiting is not None and not waiting.done():
             waiting.set_result(LinkFact(message.rtt_s, message.bandwidth_bytes_per_s, message.error))
+
+    def again(self, pair: Pair) -> None:
+        """Measure a link that works once more, when its turn comes."""
+        self._wanted[pair] = None
+        self.pump()
 
     def link_lost(self, a: PeerId, b: PeerId, reason: str) -> None:
         """A data link broke: both ways are unusable until a later probe says otherwise."""
@@ -108,6 +122,8 @@ class Prober:
         # What was found of a life that is over says nothing of the next one.
         if asked is not None and asked == self._lives(src, dst):
             before = self._fleet.links.get((src, dst))
+            if before is not None and not before.error and fact.error:
+                fact = before  # a link that carries work is not given up because a probe of it failed
             self._fleet.links[src, dst] = fact
             if fact.error:
                 if before is None:
@@ -115,9 +131,17 @@ class Prober:
                 self._ask_again((src, dst))
             else:
                 self._retry_s.pop((src, dst), None)
-            if before is None or bool(before.error) != bool(fact.error):
+                self._measure_back(src, dst)
+            if before is None or bool(before.error) != bool(fact.error) or _differs(before, fact):
                 self._changed()
         self.pump()
+
+    def _measure_back(self, src: PeerId, dst: PeerId) -> None:
+        """There is a link now, which carries both ways: who could not make it can measure it, while it is there."""
+        back = self._fleet.links.get((dst, src))
+        if back is not None and back.error:
+            self._fleet.cannot_dial.add((dst, src))
+            del self._fleet.links[dst, src]
 
     def _lives(self, src: PeerId, dst: PeerId) -> tuple[Link | None, Link] | None:
         """The links of both peers' present lives; None if one is gone. The coordinator is always the same."""
@@ -158,3 +182,10 @@ class Prober:
 
     def _host(self, peer: PeerId) -> str:
         return "" if peer == HUB else self._fleet.peers[peer].host
+
+
+def _differs(before: LinkFact, after: LinkFact) -> bool:
+    """Whether a link that was measured again is not what it was."""
+    rates = sorted((before.bandwidth_bytes_per_s, after.bandwidth_bytes_per_s))
+    times = sorted(max(ALIKE_RTT_S, fact.rtt_s) for fact in (before, after))
+    return rates[1] > NOTABLE * rates[0] or times[1] > NOTABLE * times[0]

@@ -15,7 +15,8 @@ from helixd.errors import PeerLost
 from helixd.ids import NodeId, PeerId
 from helixd.plan.plan import Plan
 from helixd.plan.spec import COORDINATOR
-from helixd.protocol.messages import RELAY_VERSION, Activations
+from helixd.protocol.messages import Activations
+from helixd.protocol.versions import RELAY_VERSION
 from helixd.wire.errors import FrameError
 from helixd.wire.link import Frame
 

@@ -1,23 +1,24 @@
 """When to plan and whether to adopt the plan: first plan, lost pipeline, or a gain worth moving layers for.
 
-Runs the planner (in its own process) whenever membership or links changed and have settled. Keeps the words for why
-there is no plan, for `/readyz` and clients. Serving never waits for it.
+Runs the planner (in its own process) whenever membership or links changed and have settled, or what is measured at work
+has drifted. Keeps the words for why there is no plan, for `/readyz` and clients. Serving never waits for it.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from helixd import logs
 from helixd.coordinator.admission import Admission
+from helixd.coordinator.drifting import DriftEvent
 from helixd.coordinator.epochs import Epochs
 from helixd.coordinator.fleet import Fleet
 from helixd.coordinator.planning import ModelSizes, PlanningOptions, build_spec, run_planner
 from helixd.coordinator.relay import Pair, relay_notes, relayable, used_pairs
 from helixd.ids import NodeId
-from helixd.plan.adopt import gain
+from helixd.plan.adopt import gain, rerouted
 from helixd.plan.plan import Infeasible, Plan
 from helixd.solver.process import PlannerFailed
 
@@ -42,6 +43,15 @@ class ReplanOptions:
     retry_failed_s: float = 30.0
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a plan is adopted, and why or why not. `later`: it is looked at again."""
+
+    adopt: bool
+    why: str
+    later: bool = False
+
+
 class Replanner:
     """Watches the fleet and keeps a plan in force."""
 
@@ -62,11 +72,17 @@ class Replanner:
         self._changed = asyncio.Event()
         self._last_move_s: float | None = None
         self._later: asyncio.TimerHandle | None = None
+        self._drifts: list[DriftEvent] = []
 
     def something_changed(self) -> None:
         """Membership, measurements or links are not what they were."""
         self._admission.something_changed()
         self._changed.set()
+
+    def drifted(self, event: DriftEvent) -> None:
+        """What is planned with is not what it was; the event is told what becomes of it."""
+        self._drifts.append(event)
+        self.something_changed()
 
     def node_failed(self, node_id: NodeId, reason: str) -> None:
         """A node could not load what it was to hold: plan without it for a while. A new life of it starts afresh."""
@@ -89,7 +105,8 @@ class Replanner:
             await self._changed.wait()
             self._changed.clear()
             nodes = sum(1 for node in self._fleet.nodes.values() if node.measured is not None)
-            if nodes < self._options.wait_for_nodes:
+            first = self._epochs.active is None and self._epochs.coming is None
+            if first and nodes < self._options.wait_for_nodes:
                 self.why_no_plan = f"{nodes} of {self._options.wait_for_nodes} nodes have joined and are measured"
                 continue
             if not probes_complete():
@@ -102,24 +119,31 @@ class Replanner:
             await self._plan()
 
     async def _plan(self) -> None:
+        drifts, self._drifts = self._drifts, []
         try:
             plan, kept, relayed = await self._solve()
         except Infeasible as error:
             self.why_no_plan, self.infeasible = str(error), True
+            _decided(drifts, f"there is no other placement: {error}")
             logs.event(log, logging.WARNING, "no_placement", reason=str(error))
             return
         except PlannerFailed as error:
             self.why_no_plan = str(error)
+            self._drifts = drifts + self._drifts
             logs.event(log, logging.ERROR, "planner_failed", reason=str(error), retry_s=RETRY_S)
             await asyncio.sleep(RETRY_S)
             self._changed.set()
             return
         self.infeasible = False
-        reason = self._why_adopt(plan, kept, relayed)
-        if reason is not None:
+        verdict = self._verdict(plan, kept, relayed, after_drift=bool(drifts))
+        if verdict.later:
+            self._drifts = drifts + self._drifts
+        else:
+            _decided(drifts, ("a new plan: " if verdict.adopt else "the plan stays: ") + verdict.why)
+        if verdict.adopt:
             logs.event(
-                log, logging.INFO, "plan_adopted", reason=reason, method=plan.method, solve_s=round(plan.solve_s, 3),
-                max_flow_tokens_per_s=round(plan.max_flow_tokens_per_s, 1),
+                log, logging.INFO, "plan_adopted", reason=verdict.why, method=plan.method,
+                solve_s=round(plan.solve_s, 3), max_flow_tokens_per_s=round(plan.max_flow_tokens_per_s, 1),
             )  # fmt: skip
             self._last_move_s = time.monotonic()
             for pair in map(sorted, relayed):
@@ -165,31 +189,39 @@ class Replanner:
         assert why is not None
         raise why
 
-    def _why_adopt(self, plan: Plan, kept: Plan | None, relayed: frozenset[Pair]) -> str | None:
-        """The reason to switch to `plan`; None to stay with `kept`, which is what is in force as it is worth now."""
+    def _verdict(
+        self, plan: Plan, kept: Plan | None, relayed: frozenset[Pair], *, after_drift: bool = False
+    ) -> Verdict:
+        """Whether to switch to `plan`, or to stay with `kept`, which is what is in force as it is worth now.
+
+        With the layers where they are, other shares of the flow are worth a switch only `after_drift`: nothing moves.
+        """
         now_in_force = self._epochs.coming or self._epochs.active
         if now_in_force is None:
-            return "first"
+            return Verdict(True, "first")
         # Also with the placement as it is: who is left may need hops that the schedules do not have.
         if self._epochs.coming is None and not self._admission.has_pipeline() and self._has_failed_or_lost():
-            return "the pipeline is lost"
+            return Verdict(True, "the pipeline is lost")
         there = {pair for pair in now_in_force.relayed if pair <= self._fleet.peers.keys()}
         if there - relayable(self._fleet):
-            return "workers that were relayed reach each other again"
+            return Verdict(True, "workers that were relayed reach each other again")
         usable = {node.id for node in self._fleet.ready_nodes()}
         if {n: r for n, r in now_in_force.plan.placement.items() if n in usable} == dict(plan.placement):
-            return None
+            elsewhere = rerouted(now_in_force.plan, plan) if after_drift else 0.0
+            if elsewhere and elsewhere >= self._options.gain:
+                return Verdict(True, f"layers stay, up to {elsewhere:.0%} of what passes a node goes on elsewhere")
+            return Verdict(False, "its placement is still the best")
         if kept is None:
-            return "the pipeline is lost"
+            return Verdict(True, "the pipeline is lost")
         found = gain(kept, plan)
         if found.share < self._options.gain:
-            return None
+            return Verdict(False, f"another would give {found}, layers move for {self._options.gain:.0%}")
         if self._last_move_s is not None:
             cool_s = self._last_move_s + self._options.cooldown_s - time.monotonic()
             if cool_s > 0:
                 self._again(cool_s)
-                return None
-        return str(found)
+                return Verdict(False, f"layers moved only lately, {found} waits", later=True)
+        return Verdict(True, str(found))
 
     def _again(self, in_s: float) -> None:
         """Plan again then, even if nothing changes until then."""
@@ -206,3 +238,9 @@ class Replanner:
         failed = [n for n, state in active.states.items() if state.state == "failed"]
         waiting = [n for n in active.plan.placement if n not in active.states or active.states[n].state == "loading"]
         return bool(lost or failed or not waiting)
+
+
+def _decided(drifts: Sequence[DriftEvent], decision: str) -> None:
+    for event in drifts:
+        event.decision = decision
+        logs.event(log, logging.INFO, "drift_decided", subject=event.subject, reason=event.sentence, decision=decision)

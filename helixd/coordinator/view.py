@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -34,13 +35,14 @@ def readiness(c: Coordinator) -> Readiness:
             if state.state == "loading"
         }
         return Readiness(False, "model_loading", "workers are loading layers", {**detail, "loading": loading})
-    if c.replanner.infeasible:
+    missing = [] if active is None else sorted(n for n in active.plan.placement if n not in c.fleet.nodes)
+    if c.replanner.infeasible and not missing:
         return Readiness(False, "no_feasible_placement", c.replanner.why_no_plan, detail)
     if active is not None:
         failed = {n: s.message for n, s in active.states.items() if s.state == "failed"}
-        missing = sorted(n for n in active.plan.placement if n not in c.fleet.nodes)
         trouble = [f"missing: {', '.join(missing)}"] if missing else []
         trouble += [f"failed: {', '.join(sorted(failed))} (/cluster has the reasons)"] if failed else []
+        trouble += [f"without them {c.replanner.why_no_plan}"] if missing and c.replanner.infeasible else []
         why = "no complete pipeline is up; " + ("; ".join(trouble) or "waiting for nodes to be ready")
         return Readiness(False, "pipeline_lost", why, {**detail, "missing": missing, "failed": failed})
     return Readiness(False, "model_loading", c.replanner.why_no_plan, detail)
@@ -85,6 +87,15 @@ def cluster_view(c: Coordinator) -> Mapping[str, object]:
             "failovers": c.desk.failovers,
             "preemptions": c.admission.preemptions,
         },
+        "drift": [
+            {
+                "subject": event.subject,
+                "age_s": round(time.monotonic() - event.at_s, 1),
+                "what": event.sentence,
+                "decision": event.decision or None,
+            }
+            for event in reversed(c.drift.events)
+        ],
         "relay": {
             "carried_frames": c.relay.carried_frames,
             "carried_bytes": c.relay.carried_bytes,
@@ -144,6 +155,12 @@ def _node_view(c: Coordinator, node_id: NodeId) -> Mapping[str, object]:
         "note": c.replanner.notes.get(node_id),
         "problem": _problem(node, confirmed),
         "kv_reserved_token_layers": ledger.used(node_id),
+        "slowdown": {
+            "prefill": status.prefill_slowdown or None if status is not None else None,
+            "decode": status.decode_slowdown or None if status is not None else None,
+            "planned_with": {"prefill": node.slowdown.prefill, "decode": node.slowdown.decode},
+            "off_for_s": c.drift.off_for_s(node, time.monotonic()),
+        },
         "measured": None
         if measured is None
         else {

@@ -12,7 +12,7 @@ from helixd.errors import ModelError
 from helixd.model.digests import WeightDigests
 from helixd.model.index import SafetensorsIndex
 from helixd.protocol.codec import to_frame
-from helixd.protocol.messages import Fetch, Fetched, Refused
+from helixd.protocol.messages import Fetch, Fetched, Refused, brief
 
 MAX_PIECE_BYTES = 8 << 20
 
@@ -32,9 +32,9 @@ class WeightServer:
             length = min(request.length, MAX_PIECE_BYTES, max(0, ref.nbytes - request.offset))
             piece = await asyncio.to_thread(self._index.read_range, request.tensor, request.offset, length)
         except (ModelError, ValueError) as error:
-            peer.outbox.post(to_frame(Fetched(request.request, "", [], str(error)[:1000])))
+            peer.parcels.post(to_frame(Fetched(request.request, "", [], brief(str(error)))))
             return
-        peer.outbox.post(to_frame(Fetched(request.request, ref.dtype, list(ref.shape), ""), memoryview(piece)))
+        peer.parcels.post(to_frame(Fetched(request.request, ref.dtype, list(ref.shape), ""), memoryview(piece)))
 
 
 class WeightCheck:
@@ -62,13 +62,13 @@ class WeightCheck:
             return None
         self.start()
         if self._problem:
-            return Refused("weights", f"the coordinator cannot read its own weights: {self._problem}"[:1000], False)
+            return Refused("weights", f"the coordinator cannot read its own weights: {self._problem}", False)
         if self._digests is None:
             return Refused("verifying", "the coordinator still computes the digests of its own weights", False)
         wrong = self._digests.difference(theirs)
         if wrong is None:
             return None
-        return Refused("weights", f"its weights are others: {wrong}; use the same files, or none"[:1000], True)
+        return Refused("weights", f"its weights are others: {wrong}; use the same files, or none", True)
 
     async def _run(self, compute: Callable[[threading.Event], WeightDigests]) -> None:
         stop = threading.Event()

@@ -107,6 +107,7 @@ class EmulatedCompute:
             outcome.rows.append((group, items, self._rows(sum(item.n for item in items))))
         until = began + step_s(self._profile, shares, self.row_bytes) * self._time_scale
         time.sleep(max(0.0, until - time.monotonic()))
+        outcome.layers_s = time.monotonic() - began
         return outcome
 
     def _answer(self, scored: ScoredPass, outcome: StepOutcome) -> None:

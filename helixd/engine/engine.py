@@ -17,6 +17,7 @@ from helixd.engine.output import Draw, Head, draw_tokens, score_tokens
 from helixd.engine.rope import Rope
 from helixd.engine.sequence import Job, OpenSequence, check_work, open_sequence
 from helixd.engine.step import Item, plan_segments
+from helixd.engine.stopwatch import Stopwatch
 from helixd.engine.types import EngineOptions, SequenceSpec, StageResult, StageWork
 from helixd.errors import OutOfKv
 from helixd.ids import SequenceId
@@ -61,6 +62,7 @@ class Engine:
         self._page_tokens = page_tokens
         self._slab_pages = slab_pages
         self._pool = self._new_pool(options.kv_token_layers)
+        self._stopwatch = Stopwatch(self._device)
 
     def _new_pool(self, token_layers: int) -> KvPool:
         config = self.config
@@ -145,6 +147,8 @@ class Engine:
     def set_kv_capacity(self, token_layers: int) -> None:
         """Change the hard limit. What sequences hold stays; a smaller limit takes hold as they give it back."""
         if self._pool.pages_used == 0:
+            # The old pool is given back first: both at once may be more than the device has.
+            self._pool = self._new_pool(0)
             self._pool = self._new_pool(token_layers)
         else:
             self._pool.resize(token_layers // self._page_tokens)
@@ -201,6 +205,11 @@ class Engine:
 
     # Compute
 
+    @property
+    def layers_s(self) -> float:
+        """Seconds that the layers of the last `forward` took, embedding and head aside; waits for a GPU."""
+        return self._stopwatch.read_s()
+
     def forward(self, batch: Sequence[StageWork]) -> list[StageResult]:
         """Run the batch; results are in its order.
 
@@ -255,6 +264,7 @@ class Engine:
 
     def _run(self, jobs: Sequence[Job]) -> tuple[list[int], Tensor]:
         """Every job through its layers: the first row of each job, and the hidden states `[rows, hidden_size]`."""
+        self._stopwatch.start()
         # Single tokens in the order of their KV in memory: their attention then needs less gathering.
         order = sorted(range(len(jobs)), key=lambda index: jobs[index].row_key)
         rows = [0] * len(jobs)
@@ -280,6 +290,7 @@ class Engine:
                 hidden = active
             else:
                 hidden[target] = active
+        self._stopwatch.stop()
         return rows, hidden
 
     def _inputs(self, works: Sequence[StageWork]) -> Tensor:

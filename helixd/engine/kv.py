@@ -87,7 +87,9 @@ class KvPool:
         )
         keep, count = self.k.shape[0], max(units, in_use) * self.slab_pages
         if count != keep:
-            self.k, self.v = (_resized(tensor, count) for tensor in (self.k, self.v))
+            # One after the other: only one of them is there twice for a moment.
+            self.k = _resized(self.k, count)
+            self.v = _resized(self.v, count)
         taken = {base // self.slab_pages for slabs in self._slabs.values() for slab in slabs for base in slab.bases}
         self.units = units
         self._free_units = [unit for unit in range(units - 1, -1, -1) if unit not in taken]

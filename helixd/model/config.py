@@ -136,6 +136,9 @@ def _refuse_features(fields: Fields, family: Family) -> None:
         unread.append("mlp_bias")
     if not family.softcaps:
         unread += ["attn_logit_softcapping", "final_logit_softcapping"]
+    elif family.local_rope:
+        # Gemma 3 has the key, but transformers caps no scores with it: nobody knows what a checkpoint would mean.
+        unread.append("attn_logit_softcapping")
     for key in unread:
         if fields.raw(key):
             raise fields.refuse(key, "none for this architecture")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from helixd.ids import NodeId
 from helixd.plan.plan import Plan
 
 
@@ -22,3 +23,22 @@ def gain(kept: Plan, planned: Plan) -> Gain:
     if not before or after is None:
         before, after, what = kept.max_flow_tokens_per_s, planned.max_flow_tokens_per_s, "flow"
     return Gain(after / before - 1, what)
+
+
+def rerouted(before: Plan, after: Plan) -> float:
+    """The largest share of what passes a vertex that goes on elsewhere than `before`; for plans with one placement."""
+    return max(
+        (
+            abs(old.get(hop, 0.0) - new.get(hop, 0.0))
+            for vertex in {*before.schedule, *after.schedule}
+            for old, new in [(_shares(before, vertex), _shares(after, vertex))]
+            for hop in {*old, *new}
+        ),
+        default=0.0,
+    )
+
+
+def _shares(plan: Plan, vertex: NodeId) -> dict[NodeId, float]:
+    hops = plan.schedule.get(vertex, ())
+    total = sum(hop.flow_tokens_per_s for hop in hops)
+    return {hop.node: hop.flow_tokens_per_s / total for hop in hops} if total > 0 else {}

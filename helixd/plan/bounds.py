@@ -26,20 +26,23 @@ def capacity_bound(holding: Holding) -> float:
 
     Between neighbouring values of T the slack is convex in F, so it is enough to look at those and bisect once.
     """
-    curves = [curve for curve, count in curves_of(holding) for _ in range(count)]
-    loose = sum(max(j * rate for j, rate in enumerate(curve, 1)) for curve in curves) / holding.num_layers
+    curves = curves_of(holding)
+    loose = sum(count * max(j * rate for j, rate in enumerate(curve, 1)) for curve, count in curves)
+    loose /= holding.num_layers
 
     def enough(flow: float) -> bool:
-        held = sum(max(j * min(rate, flow) for j, rate in enumerate(curve, 1)) for curve in curves)
+        held = sum(count * max(j * min(rate, flow) for j, rate in enumerate(curve, 1)) for curve, count in curves)
         return held >= flow * holding.num_layers * (1 - 1e-12)
 
     if enough(loose):
         return loose
-    ends = sorted({rate for curve in curves for rate in curve if rate < loose} | {0.0}, reverse=True)
+    ends = sorted({rate for curve, _ in curves for rate in curve if rate < loose} | {0.0}, reverse=True)
     low = next(flow for flow in ends if enough(flow))
     high = min((flow for flow in ends if flow > low), default=loose)
     for _ in range(100):
         middle = (low + high) / 2
+        if not low < middle < high:
+            break
         low, high = (middle, high) if enough(middle) else (low, middle)
     return high
 

@@ -6,6 +6,7 @@ the nodes; a stage that is cheaper than what it covers is added, until there is 
 """
 
 from collections.abc import Callable, Sequence
+from operator import le
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +60,7 @@ class StageColumns:
         self._num_layers = num_layers
         self._seed = seed
         self._menus = _Menus(kinds, num_layers, length)
+        self._rates = [[lane.rate for lane in lanes] for lanes in self._menus.lanes]
         self._known: dict[LaneStage, float] = {}
 
     def best(
@@ -185,26 +187,26 @@ class StageColumns:
 
         Rates are rounded to the grid: a little more than asked for may be what it takes.
         """
-        lanes, room = self._menus.lanes[m], self._rooms
+        lanes, room, rates = self._menus.lanes[m], self._rooms, self._rates[m]
         gains, picked = units.tolist(), picks.tolist()
         short: NDArray[np.bool_] | None = None
         for aim in range(grid, grid + _OVER + 1):
-            chosen: list[Lane] = []
+            chosen: list[int] = []
             at, carried = aim, 0.0
             while at > 0:
                 i = picked[at]
                 if gains[i] <= 0:
                     return None, short
-                chosen.append(lanes[i])
-                carried += lanes[i].rate
+                chosen.append(i)
+                carried += rates[i]
                 at -= gains[i]
             if carried >= flow:
                 used = [0] * len(room)
-                for lane in chosen:
-                    for kind in lane.kinds:
+                for i in chosen:
+                    for kind in lanes[i].kinds:
                         used[kind] += 1
-                if all(n <= most for n, most in zip(used, room, strict=True)):
-                    return chosen, None
+                if all(map(le, used, room)):
+                    return [lanes[i] for i in chosen], None
                 if short is None:
                     short = np.array(used) > self._room
         return None, short

@@ -1,11 +1,13 @@
 """Reading parsed data (JSON or TOML) key by key, so that every complaint names the key it is about."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from helixd.errors import HelixError
 from helixd.layers import LayerRange
+
+_MOST = 1e30
+_MOST_WHOLE = 10**9
 
 
 class ClusterFileError(HelixError):
@@ -131,11 +133,13 @@ class Table:
 
 
 def number_of(value: object, key: str, *, least: float = 0.0, above: bool = False) -> float:
-    """`value` as a finite number of at least `least`. Raises ClusterFileError."""
+    """`value` as a number of at least `least` that sums and products can be made of. Raises ClusterFileError."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ClusterFileError(key, f"must be a number, is {kind_of(value)}")
+    if value > _MOST:
+        raise ClusterFileError(key, f"must be at most {_MOST:g}, is {_shown(value)}")
     # Written so that NaN is refused too.
-    if not (least < value if above else least <= value) or value > sys.float_info.max:
+    if not (least < value if above else least <= value):
         raise ClusterFileError(key, f"must be {'above' if above else 'at least'} {least:g}, is {_shown(value)}")
     return float(value)
 
@@ -144,8 +148,9 @@ def whole_of(value: object, key: str, *, least: int = 0) -> int:
     """`value` as a whole number of at least `least`. Raises ClusterFileError."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ClusterFileError(key, f"must be a whole number, is {kind_of(value)}")
-    if value < least:
-        raise ClusterFileError(key, f"must be at least {least}, is {value}")
+    if not least <= value <= _MOST_WHOLE:
+        bound = f"at least {least}" if value < least else f"at most {_MOST_WHOLE}"
+        raise ClusterFileError(key, f"must be {bound}, is {_shown(value)}")
     return value
 
 

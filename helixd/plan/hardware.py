@@ -1,9 +1,10 @@
 """What vendors print about common GPUs, chips and processors: memory, its bandwidth, arithmetic per second.
 
-Figures as vendors' datasheets and white papers are known to give them, rounded; the rows were not each compared with
-the sheet again. Dense rates (no sparsity), matrix units with 32-bit accumulation where the vendor tells them apart.
-Vendors of unified-memory chips and of processors publish no rate: cores x clock x operations per cycle. Nothing here
-was measured: four devices were held against published layer times (see `helixd.plan.roofline`).
+Figures as vendors' datasheets and white papers give them, rounded. Dense rates (sheets often print twice that, with
+sparsity), matrix units with 32-bit accumulation where the vendor tells them apart: a GeForce card from the 30 series on
+then has twice its 32-bit rate. Vendors of unified-memory chips and of processors publish no rate: cores x base clock x
+operations per cycle (16 FP32 lanes of AVX-512 are 32 operations per unit, an AMX core does 1024 in bfloat16). Nothing
+here was measured: four devices were held against published layer times (see `helixd.plan.roofline`).
 """
 
 from collections.abc import Mapping
@@ -55,9 +56,14 @@ _ALL = (
     _gpu("H100", 80, 3350, 989, 67),
     _gpu("H100-PCIe", 80, 2000, 756, 51),
     _gpu("H200", 141, 4800, 989, 67),
+    _gpu("GH200", 96, 4000, 989, 67),
+    _gpu("H20", 96, 4000, 148, 44),
+    _gpu("B200", 180, 7700, 2250, 75),
     _gpu("L4", 24, 300, 121, 30.3),
+    _gpu("L40", 48, 864, 181, 90.5),
     _gpu("L40S", 48, 864, 362, 91.6),
     _gpu("T4", 16, 320, 65, 8.1, bfloat16=False),
+    _gpu("P100", 16, 732, 18.7, 9.3, bfloat16=False),
     _gpu("V100-16GB", 16, 900, 125, 15.7, bfloat16=False),
     _gpu("V100-32GB", 32, 900, 125, 15.7, bfloat16=False),
     _gpu("A10", 24, 600, 125, 31.2),
@@ -72,6 +78,7 @@ _ALL = (
     _gpu("RTX 3060", 12, 360, 25.5, 12.7),
     _gpu("RTX 3060 Ti", 8, 448, 32.4, 16.2),
     _gpu("RTX 3070", 8, 448, 40.6, 20.3),
+    _gpu("RTX 3070 Ti", 8, 608, 43.5, 21.7),
     _gpu("RTX 3080", 10, 760, 59.5, 29.8),
     _gpu("RTX 3080 Ti", 12, 912, 68.2, 34.1),
     _gpu("RTX 3090", 24, 936, 71, 35.6),
@@ -79,20 +86,24 @@ _ALL = (
     _gpu("RTX 4060", 8, 272, 30.2, 15.1),
     _gpu("RTX 4060 Ti 16GB", 16, 288, 44.1, 22.1),
     _gpu("RTX 4070", 12, 504, 58.3, 29.1),
+    _gpu("RTX 4070 Super", 12, 504, 71, 35.5),
     _gpu("RTX 4070 Ti", 12, 504, 80.2, 40.1),
     _gpu("RTX 4070 Ti Super", 16, 672, 88.2, 44.1),
     _gpu("RTX 4080", 16, 717, 97.5, 48.7),
+    _gpu("RTX 4080 Super", 16, 736, 104, 52.2),
     _gpu("RTX 4090", 24, 1008, 165, 82.6),
     _gpu("RTX 5060 Ti 16GB", 16, 448, 47.4, 23.7),
     _gpu("RTX 5070", 12, 672, 61.7, 30.9),
     _gpu("RTX 5070 Ti", 16, 896, 87.9, 43.9),
     _gpu("RTX 5080", 16, 960, 113, 56.3),
     _gpu("RTX 5090", 32, 1792, 210, 105),
+    _gpu("RX 7900 XT", 20, 800, 103, 51.5),
     _gpu("RX 7900 XTX", 24, 960, 123, 61.4),
     _gpu("MI210", 64, 1638, 181, 22.6),
     # A card is two devices to the system; this is one.
     _gpu("MI250", 64, 1638, 181, 22.6),
     _gpu("MI300X", 192, 5300, 1307, 163),
+    _gpu("MI325X", 256, 6000, 1307, 163),
     _apple("M1", 68, 2.6),
     _apple("M1 Pro", 200, 5.2),
     _apple("M1 Max", 400, 10.4),
@@ -111,7 +122,7 @@ _ALL = (
     _processor("EPYC 7763", 205, 5.0),
     _processor("EPYC 9654", 461, 7.4, 14.7),
     _processor("Xeon 8380", 205, 5.9),
-    _processor("Xeon 8480+", 307, 7.2, 57),
+    _processor("Xeon 8480+", 307, 7.2, 115),
     _processor("Ryzen 9 7950X", 83, 2.3, 4.6),
     _processor("Core i9-13900K", 90, 1.4),
     _processor("Raspberry Pi 5", 17, 0.15),

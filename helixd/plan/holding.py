@@ -4,11 +4,12 @@ Knows nothing of links or of the other nodes' ranges.
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
 from helixd.plan.plan import Infeasible
-from helixd.plan.spec import ClusterSpec, NodeSpec
+from helixd.plan.spec import ClusterSpec, LinkSpec, NodeSpec
 
 _GIB = 2.0**30
 
@@ -30,6 +31,11 @@ class Holding:
         self._options: dict[tuple[object, ...], tuple[LayerRange, ...]] = {}
         for node in spec.nodes:
             self._check_pins(node)
+
+    @cached_property
+    def links(self) -> Mapping[tuple[NodeId, NodeId], LinkSpec]:
+        """The cluster's links by their ends."""
+        return {(link.src, link.dst): link for link in self.spec.links}
 
     def node(self, node: NodeId) -> NodeSpec:
         """The node of that id. Raises KeyError."""

@@ -68,6 +68,8 @@ def _cut(kinds: Sequence[Kind], layers: int) -> tuple[float, tuple[int, ...]] | 
     head, *rest = kinds
     if not rest:
         return (head.capacity[layers - 1], (layers,)) if head.holds(layers, False, False) else None
+    if len(rest) == 1:
+        return _cut_in_two(head, rest[0], layers)
     best: tuple[float, tuple[int, ...]] | None = None
     for own in range(head.fewest, min(head.most[0][0], layers - len(rest)) + 1):
         rate = head.capacity[own - 1]
@@ -76,3 +78,15 @@ def _cut(kinds: Sequence[Kind], layers: int) -> tuple[float, tuple[int, ...]] | 
             if best is None or rate > best[0]:
                 best = (rate, (own, *tail[1]))
     return best
+
+
+def _cut_in_two(head: Kind, tail: Kind, layers: int) -> tuple[float, tuple[int, ...]] | None:
+    """The same for two nodes, which is most of the work."""
+    first = max(head.fewest, layers - tail.most[0][0])
+    last = min(head.most[0][0], layers - max(1, tail.fewest))
+    best, cut = -1.0, 0
+    for own in range(first, last + 1):
+        rate = min(head.capacity[own - 1], tail.capacity[layers - own - 1])
+        if rate > best:
+            best, cut = rate, own
+    return (best, (cut, layers - cut)) if cut else None

@@ -64,6 +64,8 @@ class Linking:
             promising = [
                 found for found in promising if best * (1 + 1e-6) < found.goal <= self._found.bound * (1 + 1e-6)
             ]
+            if not promising:
+                return
             for found in promising[:_DEEPER]:
                 moves -= _MORE_MOVES
                 if moves < 0 or self._out_of_time():

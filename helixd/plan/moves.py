@@ -11,6 +11,7 @@ from itertools import pairwise
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
 from helixd.plan import milp
+from helixd.plan.assign import assign
 from helixd.plan.holding import Holding
 from helixd.plan.spec import ModelSpec
 
@@ -18,6 +19,8 @@ Placement = dict[NodeId, LayerRange]
 
 # Orders of stages that are followed at the same time while one is put together.
 _BEAM = 12
+# Up to so many nodes are paired one by one; more as a program.
+_FEW = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,13 @@ def _transport(
     if len(supply) == 1 or len(demand) == 1:
         return plan | {(before, after): min(n, m) for before, n in supply for after, m in demand}
     if not supply:
+        return plan
+    if sum(count for _, count in supply) <= _FEW:
+        olds = [held for held, count in supply for _ in range(count)]
+        news = [held for held, count in demand for _ in range(count)]
+        chosen = assign([[load_bytes(model, old, new) for new in news] for old in olds])
+        for old, j in zip(olds, chosen, strict=True):
+            plan[old, news[j]] = plan.get((old, news[j]), 0) + 1
         return plan
     program = milp.Program()
     # Bytes are counted in layers: numbers near 1 suit the solver.
@@ -208,13 +218,23 @@ class _Nearest:
 def _nearest(
     holding: Holding, current: Mapping[NodeId, LayerRange], members: Sequence[NodeId], held: LayerRange
 ) -> _Nearest:
+    if not members or not holding.allows(members[0], held):
+        return _Nearest(held, ())
+    model = holding.spec.model
+    start, end, layers = held.start, held.end, len(held)
+    ends = (model.embedding_bytes if start == 0 else 0.0) + (model.head_bytes if end == holding.num_layers else 0.0)
     order = []
     for node in members:
         before = current.get(node)
-        size = load_bytes(holding.spec.model, before, held)
+        if before is None:
+            size = layers * model.layer_bytes + ends
+            order.append((size, node, size))
+            continue
+        if ends:
+            size = load_bytes(model, before, held)
+        else:
+            size = (layers - max(0, min(end, before.end) - max(start, before.start))) * model.layer_bytes
         # What a node gives up may be worth something at another place: of like costs the one that gives up least.
-        given_up = len(before) if before is not None and size > 0 else 0
-        order.append((size + 0.01 * holding.spec.model.layer_bytes * given_up, node, size))
-    if not members or not holding.allows(members[0], held):
-        return _Nearest(held, ())
+        given_up = before.end - before.start if size > 0 else 0
+        order.append((size + 0.01 * model.layer_bytes * given_up, node, size))
     return _Nearest(held, tuple((node, size) for _, node, size in sorted(order)))

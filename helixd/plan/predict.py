@@ -14,7 +14,7 @@ It is rougher for the paper's rules: there it misplaces the published Helix plan
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from helixd.ids import NodeId
@@ -22,9 +22,10 @@ from helixd.layers import LayerRange
 from helixd.plan.curve import Curve
 from helixd.plan.flow import Flow
 from helixd.plan.holding import Holding
-from helixd.plan.spec import COORDINATOR, ClusterSpec, LinkSpec, NodeSpec
+from helixd.plan.spec import COORDINATOR, NodeSpec
 
 _BISECTIONS = 24
+_PRECISE = 1e-5
 # A link or node is overrun a little before its whole time is taken.
 _FULL = 0.999
 _KEPT_DIGITS = 6
@@ -84,6 +85,28 @@ class _Hop:
     count: int
 
 
+def _last_below_zero(rising: Callable[[float], float], high: float) -> float:
+    """The largest value in `[0, high]`, nearly, at which a function that rises from below 0 is not above it yet.
+
+    False position, which is bisection where the function is infinite, with the Illinois rule: an end that stays twice
+    counts half.
+    """
+    low, at_low, at_high = 0.0, -1.0, math.inf
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2 if math.isinf(at_high) else low - at_low * (high - low) / (at_high - at_low)
+        value = rising(middle)
+        if value <= 0:
+            if not math.isinf(at_high):
+                at_high /= 2
+            low, at_low = middle, value
+        else:
+            at_low /= 2
+            high, at_high = middle, value
+        if high - low <= _PRECISE * high or -_PRECISE <= value <= 0:
+            break
+    return low
+
+
 def stages(flow: Flow) -> float:
     """Nodes that a token crosses, weighted by flow."""
     return sum(flow.through.values()) / flow.value if flow.value > 0 else 0.0
@@ -100,18 +123,16 @@ def predict(
     nodes = [node for node in spec.nodes if node.id in used]
     if any(not node.profile.prompt_layer_time_s or not node.profile.decode_layer_time_s for node in nodes):
         return None
-    model = _Model(spec, flow, _visits(nodes, used, flow), rules)
+    model = _Model(holding, flow, _visits(nodes, used, flow), rules)
     in_flight = max(1.0, _requests_kept(holding, placement, flow, used) * rules.kv_mark)
     mean_out = spec.workload.mean_output_tokens
-    low, high = 0.0, model.links_carry()
 
-    for _ in range(_BISECTIONS):
-        rate = (low + high) / 2
+    def too_many(rate: float) -> float:
+        """By how much more requests than there may be are in flight at that rate, as a share; below 0 there is room."""
         held_s = model.times(rate)
-        if held_s is not None and rate / mean_out * (held_s[1] + mean_out * held_s[0]) <= in_flight:
-            low = rate
-        else:
-            high = rate
+        return math.inf if held_s is None else rate / mean_out * (held_s[1] + mean_out * held_s[0]) / in_flight - 1
+
+    low = _last_below_zero(too_many, model.links_carry())
     loaded, alone = model.times(low), model.times(0.0)
     return Prediction(low, in_flight, loaded[0] if loaded else math.inf, alone[0] if alone else math.inf)
 
@@ -119,13 +140,14 @@ def predict(
 class _Model:
     """Times of a decode step and of a prompt at a given rate of decode tokens."""
 
-    def __init__(self, spec: ClusterSpec, flow: Flow, visits: list[_Visit], rules: Rules) -> None:
+    def __init__(self, holding: Holding, flow: Flow, visits: list[_Visit], rules: Rules) -> None:
+        spec = holding.spec
         workload = spec.workload
         self._spec = spec
         self._flow = flow
         self._visits = visits
         self._rules = rules
-        self._hops = _hops(spec, flow)
+        self._hops = _hops(holding, flow)
         self._out = workload.mean_output_tokens
         self._chunk = min(rules.chunk_tokens, workload.mean_input_tokens)
         self._chunks = workload.mean_input_tokens / self._chunk
@@ -282,8 +304,8 @@ def _visits(nodes: list[NodeSpec], used: Mapping[NodeId, float], flow: Flow) -> 
     ]
 
 
-def _hops(spec: ClusterSpec, flow: Flow) -> list[_Hop]:
-    links: dict[tuple[NodeId, NodeId], LinkSpec] = {(link.src, link.dst): link for link in spec.links}
+def _hops(holding: Holding, flow: Flow) -> list[_Hop]:
+    links, spec = holding.links, holding.spec
     groups: dict[tuple[float, float, float], int] = {}
     for edge, carried in flow.edges.items():
         link = links[edge]

@@ -40,7 +40,9 @@ _REPAIRS = ((1.0, 0.02), (0.9, 0.05), (0.75, 0.1), (0.5, 0.1))
 _SWEEPS = 4
 # How near to the best cover plans from scratch come, as a share of it.
 _NEAR = 5e-3
-_LISTED = 60
+# Up to so many nodes all stages are listed for a plan with fewer of them, and for the thickest cover: of many nodes,
+# stages made as they are needed are thicker, move less and are found sooner.
+_LISTED, _LISTED_THICKEST = 60, 30
 _FLOWS_PER_S = 300
 _MOST_SEARCH_S = 3.0
 
@@ -241,13 +243,14 @@ class _Change:
         columns = StageColumns(kinds, num_layers, min_width=width, seed=seed)
         low = 0.0
         listed = len(self.holding.usable()) < _LISTED
-        if listed:
+        listed_thickest = len(self.holding.usable()) <= _LISTED_THICKEST
+        if listed_thickest:
             stages = best_cover(kinds, num_layers, self.bound, min_width=width, seed=seed, precision=_NEAR)
             if stages is not None:
                 low = stages[0]
                 yield lay_out(stages[1], kinds, num_layers), "stages"
         if low < self.bound * (1 - 1e-6):
-            lanes = columns.best(low, self.bound, near=_NEAR, first=0.3 if listed else 0.9)
+            lanes = columns.best(low, self.bound, near=_NEAR, first=0.3 if listed_thickest else 0.9)
             if lanes is not None:
                 low = lanes[0]
                 yield lay_out_lanes(lanes[1], kinds, num_layers), "lanes"

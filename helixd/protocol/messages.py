@@ -14,21 +14,26 @@ import msgspec
 
 from helixd.sampling import SamplingParams
 
-PROTOCOL_VERSION = 2
-OLDEST_VERSION = 1
-"""Versions this daemon speaks, both inclusive: its own and the one before. Version 2 compares the weights."""
-RELAY_VERSION = 2
-"""From this version on a worker understands that the coordinator carries its rows."""
-
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=1000)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 # The bounds also keep out NaN and infinity, with which nothing can be planned.
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 Rate = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
-Point = tuple[Annotated[float, msgspec.Meta(gt=0, le=1e9)], Annotated[float, msgspec.Meta(gt=0, le=1e9)]]
+# Nor can a plan be made with numbers that only look like measurements: their ratios overflow.
+Point = tuple[Annotated[float, msgspec.Meta(ge=1e-3, le=1e9)], Annotated[float, msgspec.Meta(ge=1e-12, le=1e6)]]
 Points = Annotated[list[Point], msgspec.Meta(min_length=1, max_length=256)]
+Slowdown = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+"""Times of steps over those measured before any placement; 0: not known."""
 NodeState = Literal["loading", "ready", "failed"]
+
+
+_TEXT_BYTES = 1000
+
+
+def brief(text: str) -> str:
+    """As much of `text` as a `Text` carries, on the wire too, where bytes count; what is no Unicode becomes `?`."""
+    return text.encode(errors="replace")[:_TEXT_BYTES].decode(errors="ignore")
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):
@@ -52,7 +57,8 @@ class Hello(Message, frozen=True):
 
     `fingerprint` is that of a local copy of the model ("" without one: weights are then fetched from the coordinator).
     `port` is where other workers can dial; `advertise` the host to use ("" for the address the coordinator sees).
-    `held` tells the layers that are already loaded, per node, of the model `held_fingerprint`. `name` is for people.
+    `held` tells the layers that are already loaded, per node, of the model `held_fingerprint` (`Welcome.data`). `name`
+    is for people.
     `protocol` is the newest version that I speak, `oldest` the oldest (0: the same). Payload: the digests of the local
     copy's tensors (`helixd.model.digests`); none from version 1.
     """
@@ -89,11 +95,10 @@ class Welcome(Message, frozen=True):
     protocol: Count = 1
     weights: Name = ""
 
-
-def common_version(newest: int, oldest: int) -> int | None:
-    """The newest version that we and a peer speaking `oldest` to `newest` have in common; None for none."""
-    version = min(newest, PROTOCOL_VERSION)
-    return version if version >= max(oldest, OLDEST_VERSION) else None
+    @property
+    def data(self) -> str:
+        """What tells this model, data included, from every other."""
+        return f"{self.fingerprint}-{self.weights}" if self.weights else self.fingerprint
 
 
 class Refused(Message, frozen=True):
@@ -106,7 +111,10 @@ class Refused(Message, frozen=True):
 
 
 class Measured(Message, frozen=True):
-    """Worker -> coordinator: what a node's device does. Points are `(tokens, s)` per layer, decode counts sequences."""
+    """Worker -> coordinator: what a node's device does. Points are `(tokens, s)` per layer, decode counts sequences.
+
+    Their batch sizes rise.
+    """
 
     KIND: ClassVar[int] = 4
     node: Name
@@ -135,7 +143,10 @@ class Probed(Message, frozen=True):
 
 
 class Assignment(msgspec.Struct, frozen=True, array_like=True):
-    """What one node holds in an epoch. `next_hops` are its schedule: `(node, tokens/s)`, "" for the coordinator."""
+    """What one node holds in an epoch.
+
+    `next_hops` are its schedule: `(node, tokens/s)`, "" for the coordinator. Only the node's own worker is told them.
+    """
 
     node: Name
     peer: Name
@@ -146,7 +157,7 @@ class Assignment(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PeerAddress(msgspec.Struct, frozen=True, array_like=True):
-    """A neighbour in the plan. `dial`: you are the receiver of its activations, so you dial.
+    """A neighbour in the plan. `dial`: it is yours to dial it, as the receiver of its activations or who can.
 
     `relay`: nothing connects you; what you have for its nodes goes to the coordinator, what it has comes from there.
     """
@@ -312,8 +323,22 @@ class LinkLost(Message, frozen=True):
     reason: Text
 
 
+class PathSeen(msgspec.Struct, frozen=True, array_like=True):
+    """What the data link to another worker is like at work; 0: not seen lately.
+
+    `goodput_bytes_per_s` is known only where rows wait for the link.
+    """
+
+    peer: Name
+    rtt_s: Seconds
+    goodput_bytes_per_s: Rate
+
+
 class NodeStatus(Message, frozen=True):
-    """Worker -> coordinator, every second: how a node is doing."""
+    """Worker -> coordinator, every second: how a node is doing.
+
+    `paths` are the worker's, told with the first of its nodes.
+    """
 
     KIND: ClassVar[int] = 19
     node: Name
@@ -328,6 +353,9 @@ class NodeStatus(Message, frozen=True):
     loop_lag_s: Seconds
     resident_bytes: Count
     weight_bytes_loaded: Count
+    prefill_slowdown: Slowdown = 0.0
+    decode_slowdown: Slowdown = 0.0
+    paths: Annotated[list[PathSeen], msgspec.Meta(max_length=1024)] = []
 
 
 class Fetch(Message, frozen=True):
@@ -361,3 +389,10 @@ class Left(Message, frozen=True):
     """Coordinator -> worker: nothing of mine runs on you any more; you may go."""
 
     KIND: ClassVar[int] = 23
+
+
+class Measure(Message, frozen=True):
+    """Coordinator -> worker: measure this node again, unless it holds layers of a live plan; answered by `Measured`."""
+
+    KIND: ClassVar[int] = 24
+    node: Name

@@ -2,7 +2,8 @@
 
 Knows no requests and no clock: items are opaque, time is an argument (monotonic seconds). When the head cannot be
 admitted yet, smaller ones behind it may pass for a while; then they stand back for a while so that room can gather
-for the head; and so on. Neither waits for ever.
+for the head; and so on, standing back twice as long each time, since room gathers only as fast as answers end. So
+neither waits for ever: the head gets in, and the others wait no longer in one go than the head has waited.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,7 @@ class Ticket(Generic[T]):
 class AdmissionQueue(Generic[T]):
     """Waiting items. Higher `priority` first, equal ones by arrival.
 
-    `passing_s`: how long others may pass a head that does not fit; `holding_s`: how long they then stand back.
+    `passing_s`: how long others may pass a head that does not fit; `holding_s`: how long they first stand back then.
     `tries`: how many that do not fit are asked at a time, so that a long line costs no more than a short one.
     """
 
@@ -90,11 +91,17 @@ class AdmissionQueue(Generic[T]):
             if ticket is self._waiting[0]:
                 if ticket.blocked_since_s is None:
                     ticket.blocked_since_s = now_s
-                cycle = self._passing_s + self._holding_s
-                phase_s = (now_s - ticket.blocked_since_s) % cycle if cycle > 0 else 0.0
-                if phase_s >= self._passing_s and self._holding_s > 0:
+                if self._stand_back(now_s - ticket.blocked_since_s):
                     break
             refused += 1
             if refused >= self._tries:
                 break
         return admitted
+
+    def _stand_back(self, blocked_s: float) -> bool:
+        """Whether others wait for a head that has not fitted for so long."""
+        holding_s = self._holding_s
+        while 0 < holding_s and blocked_s >= self._passing_s + holding_s:
+            blocked_s -= self._passing_s + holding_s
+            holding_s *= 2
+        return holding_s > 0 and blocked_s >= self._passing_s

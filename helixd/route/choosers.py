@@ -48,6 +48,7 @@ class FlowShares:
     Among hops that are within `slack_tokens` of their share, the one is taken that will have done the prefill in front
     and this one first: prompts wait less, and fast nodes do more while there is little to do. The slack shrinks as
     KV fills (`fill_of` tells the share of a node's room that is taken): under load, shares give throughput.
+    `queue_of`: prefill rows measured in front of a node, to go by instead of what was drawn for it.
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class FlowShares:
         *,
         slack_tokens: float = 0.0,
         fill_of: Callable[[NodeId], float] = lambda node: 0.0,
+        queue_of: Callable[[NodeId], float] | None = None,
     ) -> None:
         self._sink = sink
+        self._queue_of = queue_of
         self._slack_tokens = slack_tokens
         self._fill_of = fill_of
         self._turns = {
@@ -80,7 +83,7 @@ class FlowShares:
             return next(iter(allowed))
         slack = self._slack_tokens and self._slack_tokens * (1 - max(map(self._fill_of, allowed)) / SLACK_ENDS_AT)
         if slack > 0:
-            done = {hop: self._ahead[hop] + cost / self._through[hop] for hop in allowed if hop != self._sink}
+            done = {hop: self._done_s(hop, cost) for hop in allowed if hop != self._sink}
             return self._turns[vertex].choose(allowed, cost, done, slack)
         return self._turns[vertex].choose(allowed, cost, self._load)
 
@@ -103,6 +106,12 @@ class FlowShares:
 
     def measured(self, vertex: NodeId, hop: NodeId, seconds: float) -> None:
         """See HopChooser."""
+
+    def _done_s(self, hop: NodeId, cost: float) -> float:
+        """When `hop` will have done this prefill and those in front of it, at its planned rate."""
+        if self._queue_of is not None:
+            return (self._queue_of(hop) + cost) / self._through[hop]
+        return self._ahead[hop] + cost / self._through[hop]
 
 
 class Swarm:

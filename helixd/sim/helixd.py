@@ -12,10 +12,10 @@ from helixd.ids import Attempt, NodeId, SequenceId
 from helixd.plan.plan import Plan
 from helixd.plan.spec import COORDINATOR, ClusterSpec
 from helixd.route.admission import AdmissionQueue
-from helixd.route.choosers import FixedRoundRobin, HopChooser, RandomHop, ShortestQueue, Swarm
+from helixd.route.choosers import FixedRoundRobin, FlowShares, HopChooser, RandomHop, ShortestQueue, Swarm
 from helixd.route.expectation import OutputLength
 from helixd.route.ledger import KvLedger
-from helixd.route.router import PREFILL_LIMIT_TOKENS, Route, Router
+from helixd.route.router import PREFILL_LIMIT_TOKENS, SLACK_TOKENS, Route, Router
 from helixd.sim.job import Job, Request
 from helixd.sim.load import Lengths, Load, Offline
 from helixd.sim.meter import Meter, Report
@@ -26,23 +26,26 @@ from helixd.sim.times import LayerTimes
 from helixd.sim.wires import Edge, make_wires
 from helixd.sim.world import World, run_window
 
-CHOOSERS = ("flow", "swarm", "random", "shortest-queue", "round-robin")
+CHOOSERS = ("flow", "flow-alone", "flow-by-queue", "swarm", "random", "shortest-queue", "round-robin")
 BACKLOG = 4
 COUNTED_TOGETHER = 16
 """Decode steps are told to the router in lots: the same sum in a sixteenth of the time."""
+KV_PAGE_TOKENS = 64
+"""As workers give KV out."""
 _EVERYBODY = 1 << 30
 _LIMITS = StepLimits()
 
 
 @dataclass(frozen=True, slots=True)
 class HelixdPolicy:
-    """The engine's and the coordinator's options. `chooser` is one of CHOOSERS; "flow" is Helix, the rest baselines.
+    """The engine's and the coordinator's options. `chooser` is one of CHOOSERS: "flow" is what the coordinator does,
+    "flow-alone" draws by shares of flow alone, "flow-by-queue" goes by queues as measured; the rest are baselines.
 
     `feedback`: the last stage sends the token to the first directly where there is a link, not by the coordinator.
     `decode_first`: decode passes overtake prefill on links. `kv_page_tokens`: KV is given out in pages of so many
     tokens. `lengths_announced`: clients ask for as many tokens as they get, not for more; the ledger goes by that.
-    `frames`: the decode passes of a step that go the same way travel and arrive as one message, as our frames do; left
-    out, each is a message of its own, as the paper's simulator has it, and wakes an idle node by itself.
+    `frames`: the decode passes of a step that go the same way travel and arrive as one message, as our workers send
+    them; False makes each a message of its own, as the paper's simulator has it, and wakes an idle node by itself.
     """
 
     limits: StepLimits = _LIMITS
@@ -51,9 +54,9 @@ class HelixdPolicy:
     decode_first: bool = True
     feedback: bool = False
     chooser: str = "flow"
-    kv_page_tokens: int = 1
+    kv_page_tokens: int = KV_PAGE_TOKENS
     lengths_announced: bool = False
-    frames: bool = False
+    frames: bool = True
 
     @property
     def name(self) -> str:
@@ -116,10 +119,10 @@ class Simulation:
         room = plan.kv_capacity_token_layers or {
             name: node.profile.kv_capacity_token_layers[len(layers) - 1] for name, (node, layers) in held.items()
         }
+        ledger = KvLedger({}, high_water=policy.kv_mark, page_tokens=policy.kv_page_tokens)
         self.router = Router(
-            plan, {node: int(size) for node, size in room.items()},
-            ledger=KvLedger({}, high_water=policy.kv_mark, page_tokens=policy.kv_page_tokens),
-            chooser=self._chooser(), prefill_limit_tokens=policy.prefill_tokens,
+            plan, {node: int(size) for node, size in room.items()}, ledger=ledger,
+            chooser=self._chooser(plan, ledger), prefill_limit_tokens=policy.prefill_tokens,
         )  # fmt: skip
         wires = [*self.wires.values(), *self.feedback.values()]
         self.tally = Tally(world, self.nodes.values(), wires, self.router.ledger.fill)
@@ -135,8 +138,15 @@ class Simulation:
         run_window(self.world, self.meter.start_s, self.meter.end_s, self.tally.begin, progress)
         return self.meter.report(self.policy.name, self.tally, self.world.events)
 
-    def _chooser(self) -> HopChooser | None:
+    def _chooser(self, plan: Plan, ledger: KvLedger) -> HopChooser | None:
         match self.policy.chooser:
+            case "flow-alone":
+                return FlowShares(plan.schedule, COORDINATOR)
+            case "flow-by-queue":
+                return FlowShares(
+                    plan.schedule, COORDINATOR, slack_tokens=SLACK_TOKENS, fill_of=ledger.fill,
+                    queue_of=lambda node: self.nodes[node].queued_rows(),
+                )  # fmt: skip
             case "swarm":
                 return Swarm()
             case "random":

@@ -18,7 +18,7 @@ from helixd.sim.job import Job, Request
 from helixd.sim.load import Lengths, Load, Offline
 from helixd.sim.meter import Meter, Report
 from helixd.sim.paper_node import LayerwiseNode
-from helixd.sim.paper_schedule import ExpectedKv, FlowDraws, plain_rates, scheduled_flow, shared_rates
+from helixd.sim.paper_schedule import FLOWS, ExpectedKv, FlowDraws, plain_rates, scheduled_flow, shared_rates
 from helixd.sim.script import Progress
 from helixd.sim.tally import Tally
 from helixd.sim.times import LayerTimes
@@ -38,10 +38,11 @@ class SimulationStopped(HelixError):
 
 @dataclass(frozen=True, slots=True)
 class PaperPolicy:
-    """`scheduler` is one of SCHEDULERS. `even_flow`: which of the max flows (see `paper_schedule`)."""
+    """`scheduler` is one of SCHEDULERS. `flow`, `flow_seed`: which of the max flows (see `paper_schedule`)."""
 
     scheduler: str = "max-flow"
-    even_flow: bool = True
+    flow: str = "even"
+    flow_seed: int | None = None
 
     @property
     def name(self) -> str:
@@ -52,9 +53,10 @@ class PaperPolicy:
         self, spec: ClusterSpec, plan: Plan, load: Load, lengths: Lengths, *, seed: int = 0,
         progress: Progress | None = None,
     ) -> Report:  # fmt: skip
-        """Simulate the plan's placement. Raises SimulationStopped, ValueError for an unknown scheduler."""
-        if self.scheduler not in SCHEDULERS:
-            raise ValueError(f"scheduler {self.scheduler!r} is none of {', '.join(SCHEDULERS)}")
+        """Simulate the plan's placement. Raises SimulationStopped, ValueError for an unknown scheduler or flow."""
+        for what, name, known in (("scheduler", self.scheduler, SCHEDULERS), ("flow", self.flow, FLOWS)):
+            if name not in known:
+                raise ValueError(f"{what} {name!r} is none of {', '.join(known)}")
         return _Run(self, spec, plan, load, lengths, seed).report(progress)
 
 
@@ -70,7 +72,7 @@ class _Run:
         by_flow = policy.scheduler == "max-flow"
         edges = FlowModel(spec).edges(placement)
         entries = {edge: 0 if edge[0] == COORDINATOR else placement[edge[0]].end for edge in edges}
-        flow = scheduled_flow(spec, placement, even=policy.even_flow)
+        flow = scheduled_flow(spec, placement, kind=policy.flow, seed=policy.flow_seed)
         rates = shared_rates(spec, flow, edges) if by_flow else plain_rates(spec, edges)
         self.wires = make_wires(self.world, spec, rates, entries)
         self.nodes = {

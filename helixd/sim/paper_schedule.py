@@ -1,29 +1,62 @@
 """The max-flow scheduler of the paper's simulator: its flow, its fixed link rates, its expected KV, its draws.
 
 Of all max flows its own is unknown, and throughput depends on which it is: by tens of percent where many hops are
-alternatives. `even` takes the one that shares load over equal alternatives, else one that fills paths one by one.
+alternatives. FLOWS are three ways to come by one: "even" shares load over equal alternatives, "paths" fills paths one
+by one, "preflow" pushes preflows as the paper's library does, with arcs in an order that a seed shuffles.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
+from random import Random
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.flow import Flow, FlowModel
+from helixd.plan.flow import Flow, FlowModel, node_capacity
 from helixd.plan.spec import COORDINATOR, ClusterSpec
 from helixd.sim.job import Job, Request
+from helixd.sim.preflow import preflow_push
 from helixd.sim.wires import Edge, Wire
 
 Placement = Mapping[NodeId, LayerRange]
 
+FLOWS = ("even", "paths", "preflow")
 LEAST_SHARE = 0.05
 EXPECTED_OUTPUT = 240
 
 
-def scheduled_flow(spec: ClusterSpec, placement: Placement, *, even: bool) -> Flow:
-    """A max flow in which a link between nodes carries bandwidth / (token + activation bytes)."""
+def scheduled_flow(spec: ClusterSpec, placement: Placement, *, kind: str, seed: int | None = None) -> Flow:
+    """A max flow in which a link between nodes carries bandwidth / (token + activation bytes). `kind` is one of FLOWS.
+
+    `seed` shuffles the arcs of a "preflow"; None leaves them in the order of the cluster file.
+    """
     size = spec.model.token_bytes + spec.model.activation_bytes
-    return FlowModel(replace(spec, model=replace(spec.model, activation_bytes=size))).solve(placement, spread=even)
+    sized = replace(spec, model=replace(spec.model, activation_bytes=size))
+    if kind == "preflow":
+        return _pushed(sized, placement, seed)
+    return FlowModel(sized).solve(placement, spread=kind == "even")
+
+
+def _pushed(spec: ClusterSpec, placement: Placement, seed: int | None) -> Flow:
+    """Vertices: 0 source, 1 sink, 2 + 2 i and 3 + 2 i in and out of node i."""
+    nodes = {node.id: node for node in spec.nodes}
+    names = sorted(placement, key=list(nodes).index)
+    rooms = FlowModel(spec).edges(placement)
+    edges = [(link.src, link.dst) for link in spec.links if (link.src, link.dst) in rooms]
+    if seed is not None:
+        chance = Random(seed)  # noqa: S311
+        chance.shuffle(names)
+        chance.shuffle(edges)
+    inside = {node: 2 + 2 * i for i, node in enumerate(names)}
+    arcs = [(at, at + 1, node_capacity(spec, nodes[node], len(placement[node]))) for node, at in inside.items()]
+    for edge in edges:
+        tail = 0 if edge[0] == COORDINATOR else inside[edge[0]] + 1
+        arcs.append((tail, 1 if edge[1] == COORDINATOR else inside[edge[1]], rooms[edge]))
+    flows = preflow_push(2 + 2 * len(names), arcs, 0, 1)
+    floor = 1e-9 * max(flows)
+    through = {node: flow for node, flow in zip(names, flows, strict=False) if flow > floor}
+    carried = {edge: flow for edge, flow in zip(edges, flows[len(names) :], strict=True) if flow > floor}
+    value = sum(flow for (src, _), flow in carried.items() if src == COORDINATOR)
+    return Flow(value, carried, through, frozenset(), frozenset())
 
 
 class ExpectedKv:

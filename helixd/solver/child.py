@@ -40,6 +40,7 @@ from helixd.solver.job import (
 # Rules that take less than a second, in clusters of up to so many nodes: what they place is there if the search dies.
 _AT_ONCE = {"swarm": 400, "petals": 100}
 _PROGRESS_S = 0.1
+_LONGEST_ALARM_S = 2**31 - 1
 
 
 def main() -> int:
@@ -154,7 +155,7 @@ def _breaks_pins(plan: Plan, job: Job) -> bool:
 
 def _limit(job: Job) -> None:
     """Bound this process's address space and its life, where the system can."""
-    signal.alarm(math.ceil(job.longest_s + OVERTIME_S))
+    signal.alarm(min(math.ceil(job.longest_s + OVERTIME_S), _LONGEST_ALARM_S))
     if job.memory_bytes is not None:
         _, most = resource.getrlimit(resource.RLIMIT_AS)
         limit = job.memory_bytes if most == resource.RLIM_INFINITY else min(job.memory_bytes, most)

@@ -67,14 +67,17 @@ class Outcome:
 async def solve(job: Job, *, on_progress: Callable[[Doing], None] | None = None) -> Outcome:
     """Do a job in a child process. The outcome has a plan, at least one from before the search.
 
-    Raises Infeasible if no placement serves the model, PlannerFailed if the process ended without any plan.
+    Raises Infeasible if no placement serves the model, PlannerFailed if the process did not start or gave no plan.
     """
     outcome = Outcome()
     limit_s = job.longest_s + GRACE_S
-    child = await asyncio.create_subprocess_exec(
-        *COMMAND, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=MAX_LINE_BYTES,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-    )  # fmt: skip
+    try:
+        child = await asyncio.create_subprocess_exec(
+            *COMMAND, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=MAX_LINE_BYTES,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )  # fmt: skip
+    except OSError as error:
+        raise PlannerFailed(f"the planner's process cannot be started: {error}") from error
     try:
         async with asyncio.timeout(limit_s):
             await _converse(child, job, outcome, on_progress)

@@ -7,6 +7,7 @@ import os
 from functools import partial
 
 import aiohttp
+from yarl import URL
 
 from helixd.errors import PeerLost
 from helixd.ids import PeerId
@@ -43,7 +44,10 @@ class Dialer:
             await self._session.close()
 
     async def dial(self, host: str, port: int, expect: PeerId | None, where: str) -> Link:
-        """See `PeerNetwork.dial`; the caller keeps the deadline. Also raises aiohttp's errors, OSError, FrameError."""
+        """See `PeerNetwork.dial`; the caller keeps the deadline.
+
+        Also raises aiohttp's errors, OSError, FrameError, and ValueError for an address that is none.
+        """
         channels: list[Channel] = []
         them: PeerIdentity | None = None
         try:
@@ -69,7 +73,7 @@ class Dialer:
                     bulk.ws, new_hello(self._meetings.identity, Purpose.BULK, token), self._secret, where
                 )
                 if (await shake.greet()).identity != them:
-                    raise HandshakeFailed(CloseCode.REFUSED, f"{them.peer} changed while it was dialed")
+                    raise HandshakeFailed(CloseCode.NOT_NOW, f"{them.peer} changed while it was dialed")
                 self._meetings.check_certificate(bulk, them)
                 await shake.prove()
                 bulk_stream = self._meetings.take_over(bulk, Purpose.BULK)
@@ -97,7 +101,7 @@ class Dialer:
             raise PeerLost(f"{host}:{port}", "this daemon's peer endpoint is not open")
         tls = self._meetings.tls
         ws = await self._session.ws_connect(
-            f"{'http' if tls is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}{PEER_PATH}",
+            URL.build(scheme="http" if tls is None else "https", host=host, port=port, path=PEER_PATH),
             ssl=True if tls is None else tls.client,
             autoping=False,
             autoclose=False,

@@ -109,7 +109,8 @@ class Endpoint:
                 return await self._dialer.dial(host, port, expect, where)
         except TimeoutError as error:
             raise PeerLost(where, f"no link within {timeout_s} s") from error
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            # An address can be one that another daemon advertises: it may be no address at all.
             raise PeerLost(where, f"cannot connect: {error}") from error
         except FrameError as error:
             raise PeerLost(where, f"spoke nonsense: {error}") from error

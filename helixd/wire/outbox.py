@@ -5,11 +5,13 @@ past `hard_bytes` the peer takes nothing and its link is closed, which its owner
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 
 from helixd.errors import PeerLost
 from helixd.wire.errors import FrameError
+from helixd.wire.goodput import Goodput
 from helixd.wire.link import Frame, Link
 
 FRAME_OVERHEAD_BYTES = 256
@@ -30,6 +32,11 @@ class Outbox:
         self._bytes = 0
         self._more = asyncio.Event()
         self._overflow = False
+        self._goodput = Goodput()
+
+    def goodput_bytes_per_s(self) -> float | None:
+        """What the link carried lately while more waited; None where nothing did."""
+        return self._goodput.seen(time.monotonic())
 
     @property
     def congested(self) -> bool:
@@ -71,6 +78,7 @@ class Outbox:
                 return
             was_congested = self.congested
             self._bytes -= _cost(frame)
+            self._goodput.sent(_cost(frame), time.monotonic(), more=self._bytes > 0)
             if was_congested and not self.congested:
                 self._on_drained()
 

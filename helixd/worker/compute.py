@@ -71,6 +71,7 @@ class NodeCompute:
                 outcome.failed.extend((scored.item, why) for scored in passes)
                 return
             self._pack(passes, results, groups, outcome)
+            outcome.layers_s += self.engine.layers_s
             return
 
     def _work(self, scored: ScoredPass, groups: dict[SequenceId, str]) -> StageWork:

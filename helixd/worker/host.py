@@ -19,6 +19,10 @@ from helixd.worker.node import NodeRuntime, Post
 from helixd.worker.threads import ComputeThread
 
 
+class NobodyWaits(Exception):
+    """Ends a load in its thread when the session that wanted it is over; nobody sees it."""
+
+
 class NodeHost:
     """The one owner of a device. `loading`: how many of how many parts of a range are loaded; None: nothing loads."""
 
@@ -66,7 +70,9 @@ class NodeHost:
         self._ranges.clear()
         compute = await self._thread.run(self._backend.compute, self.setup, model)
         self._engine = compute.engine
-        self.runtime = NodeRuntime(self.setup.node, self._thread, compute, model.limits, post)
+        self.runtime = NodeRuntime(
+            self.setup.node, self._thread, compute, model.limits, post, model.max_context_tokens
+        )  # fmt: skip
         self._loop_task = tasks.create_task(self.runtime.run(), name=f"node {self.setup.node}")
         self.model = model
 
@@ -74,6 +80,15 @@ class NodeHost:
         """Layer times of this device for the prepared model."""
         assert self.model is not None
         return await self._thread.run(self._backend.measure, self.setup, self.model, cache)
+
+    async def clear(self) -> bool:
+        """Give up layers and KV that no live epoch wants; False if one does."""
+        async with self._loading:
+            if self._ranges or self.runtime is None or self.runtime.open_sequences:
+                return False
+            await self._prune(set())
+            await self._thread.run(self.engine.set_kv_capacity, 0)
+        return True
 
     async def load(
         self, epoch: Epoch, layers: LayerRange, kv_token_layers: int, source: WeightSource,
@@ -90,16 +105,17 @@ class NodeHost:
         async with self._loading:
             if epoch < self._live_from:
                 return
-            # What a session that is over had begun to load cannot be stopped, only waited for.
+            # What a session that is over was loading ends with the part that it is at.
             await self._loader.run(lambda: None)
             await self._prune({*self._held_by_epochs(), *layers.layers()})
             before = self.engine.loaded
             waited_for = True
 
             def tell(done: int, total: int) -> None:
-                if waited_for:
-                    self.loading = done, total
-                    progress(done, total)
+                if not waited_for:
+                    raise NobodyWaits
+                self.loading = done, total
+                progress(done, total)
 
             try:
                 await self._loader.run(

@@ -6,7 +6,7 @@ out of order within its attempt (small and bulk frames overtake each other); han
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from helixd.ids import Attempt, Epoch, NodeId, SequenceId
 from helixd.layers import LayerRange
@@ -14,6 +14,7 @@ from helixd.worker.batcher import Pass
 
 TOMBSTONES = 65536
 EARLY_BYTES = 64 << 20
+PARKED_BYTES = 64 << 20
 EARLY_AGE_S = 10.0
 
 
@@ -51,6 +52,7 @@ class SequenceBook:
         self._tombstones: OrderedDict[SequenceId, Attempt] = OrderedDict()
         self._early: OrderedDict[SequenceId, list[Early]] = OrderedDict()
         self._early_bytes = 0
+        self._parked_bytes = 0
         self._next_handle = 1
         self.stale_frames = 0
 
@@ -86,6 +88,7 @@ class SequenceBook:
         """Add an attempt; returns the lower attempt of the same sequence that it replaces."""
         replaced = self._open.get(local.sequence)
         if replaced is not None:
+            self._forget_parked(replaced)
             del self._by_handle[replaced.handle]
         self._open[local.sequence] = local
         self._by_handle[local.handle] = local
@@ -101,12 +104,14 @@ class SequenceBook:
         found = self._open.get(sequence)
         if found is None or found.attempt > attempt:
             return None
+        self._forget_parked(found)
         del self._open[sequence]
         del self._by_handle[found.handle]
         return found
 
     def hold_early(self, sequence: SequenceId, early: Early) -> None:
         """Keep a pass until its `open` comes. Bounded: the oldest are dropped (their attempt then times out)."""
+        early = Early(early.attempt, _apart(early.item))
         self._early.setdefault(sequence, []).append(early)
         self._early_bytes += _size(early.item)
         while self._early and self._early_bytes > EARLY_BYTES:
@@ -126,17 +131,30 @@ class SequenceBook:
     def in_order(self, local: LocalSequence, item: Pass) -> list[Pass]:
         """The passes that can run now that `item` has come, in order; a pass ahead of its turn is parked.
 
-        A position that was already handed over is stale: each comes once per attempt.
+        A position that was already handed over is stale: each comes once per attempt. So is what would be parked beyond
+        `PARKED_BYTES` (its attempt then times out).
         """
         if item.start < local.expected or item.start in local.parked:
             self.stale_frames += 1
             return []
-        local.parked[item.start] = item
-        ready: list[Pass] = []
+        if item.start > local.expected:
+            if self._parked_bytes + _size(item) > PARKED_BYTES:
+                self.stale_frames += 1
+                return []
+            local.parked[item.start] = _apart(item)
+            self._parked_bytes += _size(item)
+            return []
+        ready = [item]
+        local.expected += item.n
         while (following := local.parked.pop(local.expected, None)) is not None:
+            self._parked_bytes -= _size(following)
             ready.append(following)
             local.expected += following.n
         return ready
+
+    def _forget_parked(self, local: LocalSequence) -> None:
+        self._parked_bytes -= sum(map(_size, local.parked.values()))
+        local.parked.clear()
 
     def _forget_early(self, sequence: SequenceId, up_to: Attempt | None = None) -> list[Early]:
         """Take out what waits for a sequence, of attempts `up_to` this one only: a later one's `open` may be near."""
@@ -146,6 +164,11 @@ class SequenceBook:
             self._early[sequence] = [early for early in waiting if up_to is not None and early.attempt > up_to]
         self._early_bytes -= sum(_size(early.item) for early in taken)
         return taken
+
+
+def _apart(item: Pass) -> Pass:
+    """The pass with rows of its own: it may have to wait, and its frame may hold the rows of many."""
+    return item if item.rows is None else replace(item, rows=memoryview(bytearray(item.rows)))
 
 
 def _size(item: Pass) -> int:

@@ -20,25 +20,22 @@ from helixd.protocol.messages import (
     Activations,
     Close,
     Closed,
-    Drawn,
     Feed,
     Message,
     Open,
-    Part,
-    Scores,
     StageFailed,
-    Tokens,
+    brief,
 )
 from helixd.worker.backend import StageCompute
 from helixd.worker.batcher import Batcher, BatchLimits, Pass
+from helixd.worker.gauge import Expected, Slowdown, SpeedGauge
 from helixd.worker.inbox import Early, LocalSequence, SequenceBook
 from helixd.worker.pace import StepPace
-from helixd.worker.steps import DrawnToken, ScoredPass, Step, StepOutcome
+from helixd.worker.results import activations, following_ids, scores, tokens
+from helixd.worker.steps import ScoredPass, Step, StepOutcome
 from helixd.worker.threads import ComputeThread
 
 log = logging.getLogger(__name__)
-
-SCORES_PER_MESSAGE = 128
 
 
 class Post(Protocol):
@@ -58,17 +55,23 @@ class Post(Protocol):
 
 
 class NodeRuntime:
-    """The one owner of a node's sequences. All methods run on the event loop; computing does not."""
+    """The one owner of a node's sequences. All methods run on the event loop; computing does not.
+
+    `max_tokens`: how long a sequence may be; rows beyond that are not kept (None: whatever the engine says).
+    """
 
     def __init__(
-        self, node: NodeId, thread: ComputeThread, compute: StageCompute, limits: BatchLimits, post: Post
-    ) -> None:
+        self, node: NodeId, thread: ComputeThread, compute: StageCompute, limits: BatchLimits, post: Post,
+        max_tokens: int | None = None,
+    ) -> None:  # fmt: skip
         self.node = node
         self.thread = thread
         self.compute = compute
         self.incarnation = Incarnation(0)
         self.steps_done = 0
+        self.gauge: SpeedGauge | None = None
         self._post = post
+        self._max_tokens = max_tokens
         self._batcher = Batcher(limits)
         self._book = SequenceBook()
         self._live_epochs: dict[Epoch, LayerRange] = {}
@@ -219,6 +222,10 @@ class NodeRuntime:
         starts = [at for at in (self._batcher.oldest_arrival_s(), self._pace.started_s) if at is not None]
         return self._now() - min(starts) if starts else 0.0
 
+    def slowdown(self) -> Slowdown:
+        """How much slower than measured the device is lately."""
+        return Slowdown(None, None) if self.gauge is None else self.gauge.slowdown(self._now())
+
     def overdue(self, limit_s: float) -> float | None:
         """The age of a step that takes longer than any that ends, in seconds; None while all is well."""
         return self._pace.overdue(self._now(), limit_s)
@@ -232,7 +239,7 @@ class NodeRuntime:
     async def run(self) -> None:
         """Compute what comes until cancelled."""
         while True:
-            step, closed = self._next_step()
+            step, closed, expected = self._next_step()
             if step is None:
                 self._work.clear()
                 await self._work.wait()
@@ -241,25 +248,29 @@ class NodeRuntime:
             outcome = await self.thread.run(self.compute.run, step)
             self._pace.end(self._now())
             self.steps_done += 1
+            if self.gauge is not None and expected is not None and not (outcome.failed or outcome.out_of_kv):
+                self.gauge.took(expected, outcome.layers_s, self._now())
             self._stepped.set()
             for local in closed:
                 self._post.to_coordinator(Closed(local.sequence, local.attempt, self.node))
             self._deliver(outcome)
             self.tidy()
 
-    def _next_step(self) -> tuple[Step | None, list[LocalSequence]]:
+    def _next_step(self) -> tuple[Step | None, list[LocalSequence], Expected | None]:
         closing, opens = self._closes, tuple(self._opens)
         batch = self._batcher.next_batch(self._held_back)
         if not (closing or opens or batch):
-            return None, []
+            return None, [], None
         self._closes, self._opens = [], []
         locals_ = [self._book.by_handle(item.handle) for item in batch]
         passes = tuple(
-            ScoredPass(item, _score_ids(local, item)) for item, local in zip(batch, locals_, strict=True)
+            ScoredPass(item, following_ids(local, item)) for item, local in zip(batch, locals_, strict=True)
         )  # fmt: skip
         groups = tuple((local and local.next_node) or "" for local in locals_)
         step = Step(tuple(handle for handle, _ in closing), opens, passes, groups)
-        return step, [local for _, local in closing]
+        work = [(local.layers, item.n) for item, local in zip(batch, locals_, strict=True) if local is not None]
+        expected = self.gauge.expected(work) if self.gauge is not None and batch else None
+        return step, [local for _, local in closing], expected
 
     def _held_back(self, handle: SequenceId) -> bool:
         local = self._book.by_handle(handle)
@@ -268,9 +279,8 @@ class NodeRuntime:
     def _deliver(self, outcome: StepOutcome) -> None:
         for group, items, rows in outcome.rows:
             self._send_rows(NodeId(group), items, rows)
-        for item, scores in outcome.scored:
-            self._send_scores(item, scores)
-        self._send_tokens(outcome.drawn)
+        for said in (*scores(self._book, outcome.scored), *tokens(self._book, self.node, outcome.drawn)):
+            self._post.to_coordinator(said)
         for item in outcome.out_of_kv:
             used, room = self.compute.engine.kv_used_token_layers, self.compute.engine.kv_capacity_token_layers
             self._fail_pass(item, "kv_full", f"KV pool full: {used} of {room} token-layers in use")
@@ -281,59 +291,16 @@ class NodeRuntime:
             self._fail_pass(item, "compute", why)
 
     def _send_rows(self, node: NodeId, items: list[Pass], rows: memoryview) -> None:
-        """Decode rows and prefill rows in messages of their own: on a slow link the first must not wait."""
-        by_kind: dict[tuple[Epoch, bool], list[tuple[Part, memoryview]]] = {}
-        at, row_bytes = 0, self.compute.row_bytes
-        for item in items:
-            piece = rows[at : at + item.n * row_bytes]
-            at += item.n * row_bytes
-            local = self._book.by_handle(item.handle)
-            if local is not None:
-                part = Part(local.sequence, local.attempt, item.step, item.start, item.n, item.sample)
-                by_kind.setdefault((local.epoch, item.n == 1), []).append((part, piece))
-        for epoch, urgent in sorted(by_kind, key=lambda kind: not kind[1]):
-            parts = by_kind[epoch, urgent]
-            payload = rows if len(parts) == len(items) else _joined([piece for _, piece in parts])
-            message = Activations(self.incarnation, epoch, node, [part for part, _ in parts])
-            if not self._post.to_node(node, message, payload, urgent=urgent):
+        for each in activations(self._book, self.incarnation, node, items, rows, self.compute.row_bytes):
+            if not self._post.to_node(node, each.message, each.payload, urgent=each.urgent):
                 for item in items:
                     self._fail_pass(item, "link_lost", f"no link to {node}")
-
-    def _send_tokens(self, drawn: list[DrawnToken]) -> None:
-        tokens: list[Drawn] = []
-        for each in drawn:
-            local = self._book.by_handle(each.item.handle)
-            if local is None:
-                continue
-            lp = each.logprobs
-            tokens.append(
-                Drawn(
-                    local.sequence,
-                    local.attempt,
-                    each.item.step,
-                    each.token,
-                    None if lp is None else lp.logprob,
-                    [] if lp is None else list(lp.top),
-                )
-            )
-        if tokens:
-            self._post.to_coordinator(Tokens(self.node, tokens))
-
-    def _send_scores(self, item: Pass, scores: tuple[object, ...]) -> None:
-        local = self._book.by_handle(item.handle)
-        if local is None:
-            return
-        flat = [(s.logprob, list(s.top)) for s in scores if s is not None]  # type: ignore[attr-defined]
-        for at in range(0, len(flat), SCORES_PER_MESSAGE):
-            start = item.start + 1 + at
-            self._post.to_coordinator(
-                Scores(local.sequence, local.attempt, start, flat[at : at + SCORES_PER_MESSAGE])
-            )  # fmt: skip
 
     # -- arrivals and endings ----------------------------------------------------------------------------------------
 
     def _arrive(self, sequence: SequenceId, attempt: Attempt, epoch: Epoch, item: Pass) -> None:
-        if self._book.is_over(sequence, attempt):
+        too_long = self._max_tokens is not None and item.start + item.n > self._max_tokens
+        if too_long or self._book.is_over(sequence, attempt):
             self._book.stale_frames += 1
             return
         local = self._book.get(sequence, attempt)
@@ -373,25 +340,11 @@ class NodeRuntime:
         self._fail(local.sequence, local.attempt, code, message)
 
     def _fail(self, sequence: SequenceId, attempt: Attempt, code: str, message: str) -> None:
-        self._post.to_coordinator(StageFailed(sequence, attempt, self.node, code, message[:1000]))
+        self._post.to_coordinator(StageFailed(sequence, attempt, self.node, code, brief(message)))
 
     def _now(self) -> float:
         return time.monotonic()
 
 
-def _joined(pieces: list[memoryview]) -> memoryview:
-    return pieces[0] if len(pieces) == 1 else memoryview(bytearray().join(pieces))
-
-
 def _with_handle(item: Pass, handle: SequenceId) -> Pass:
     return Pass(handle, item.step, item.start, item.n, item.sample, item.arrived_s, item.token_ids, item.rows)
-
-
-def _score_ids(local: LocalSequence | None, item: Pass) -> tuple[int | None, ...] | None:
-    """The prompt ids that follow each row, where the prompt's log probabilities are wanted."""
-    if local is None or not local.score or local.next_node is not None:
-        return None
-    last = local.prompt_tokens
-    return tuple(
-        local.prefix[at + 1] if at + 1 < last else None for at in range(item.start, item.start + item.n)
-    )  # fmt: skip

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable
 
 from helixd.ids import NodeId, PeerId
 from helixd.protocol.codec import to_frame
-from helixd.protocol.messages import Activations, Message
+from helixd.protocol.messages import Activations, Message, PathSeen
 from helixd.wire.link import Frame, Link
 from helixd.wire.outbox import Outbox
 from helixd.worker.shaping import Shaping
 
 # What a message without rows counts for on a shaped link.
 TOKEN_BYTES = 4
+MOST_PATHS = 256
 
 LocalDelivery = Callable[[NodeId, Activations, memoryview], None]
 
@@ -104,6 +105,16 @@ class PostOffice:
             return False
         self._send(None if relayed else node, box, to_frame(message, payload), payload.nbytes, urgent)
         return True
+
+    def paths(self) -> list[PathSeen]:
+        """What the links to other daemons are like at work; a shaped one says nothing of what it stands for."""
+        if self._shaping is not None:
+            return []
+        found = (
+            PathSeen(peer, box.link.rtt_s or 0.0, box.goodput_bytes_per_s() or 0.0)
+            for peer, box in sorted(self._boxes.items())
+        )
+        return [path for path in found if path.rtt_s or path.goodput_bytes_per_s][:MOST_PATHS]
 
     def congested(self, node: NodeId) -> bool:
         """Whether prefill rows for that node should wait."""

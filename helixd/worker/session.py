@@ -23,6 +23,7 @@ from helixd.wire.peers import PeerNetwork
 from helixd.worker.backend import Backend, ModelSetup, WeightStore
 from helixd.worker.batcher import BatchLimits
 from helixd.worker.fetch import TensorFetcher
+from helixd.worker.gauge import SpeedGauge
 from helixd.worker.host import NodeHost
 from helixd.worker.node import NodeRuntime
 from helixd.worker.post import PostOffice
@@ -103,16 +104,18 @@ class Session:
         config = parse_config(raw)
         limits = BatchLimits(message.max_batch_sequences, message.max_batch_tokens, message.prefill_chunk_tokens)
         dtype = parse_dtype(message.dtype)
-        fingerprint = f"{message.fingerprint}-{message.weights}" if message.weights else message.fingerprint
-        model = ModelSetup(message.model_name, fingerprint, config, dtype, message.max_context_tokens, limits)
+        model = ModelSetup(message.model_name, message.data, config, dtype, message.max_context_tokens, limits)
         cache = self._options.cache_dir
-        self._store = self._backend.weights(config, self._fetcher.fetch, None if cache is None else cache / fingerprint)
+        self._store = self._backend.weights(
+            config, self._fetcher.fetch, None if cache is None else cache / message.data
+        )
         measured = None if self._options.state_dir is None else self._options.state_dir / "layer-times.json"
         for host in self._hosts.values():
             await host.prepare(model, self._post, self._lasting)
             assert host.runtime is not None
             host.runtime.incarnation = self.link.incarnation
             times = await host.measure(measured)
+            host.runtime.gauge = SpeedGauge(times)
             self._post.to_coordinator(
                 m.Measured(
                     host.setup.node, list(times.prompt_layer_time_s), list(times.decode_layer_time_s)
@@ -133,6 +136,8 @@ class Session:
                 self._spawn(f"epoch {message.epoch}", self._follow, message)
             case m.EpochRetire():
                 self._spawn(f"retire below {message.epoch}", self._retire, Epoch(message.epoch))
+            case m.Measure():
+                self._spawn(f"measure {message.node} again", self._measure_again, NodeId(message.node))
             case m.Probe():
                 self._spawn(f"probe {message.peer}", self._probe, message)
             case m.Fetched():
@@ -167,7 +172,7 @@ class Session:
     def on_link_lost(self, link: Link, reason: str) -> None:
         """A data link closed: tell the coordinator, fail what was to go over it."""
         if link.peer in self._neighbours:
-            self._post.to_coordinator(m.LinkLost(link.peer, reason[:1000]))
+            self._post.to_coordinator(m.LinkLost(link.peer, m.brief(reason)))
         self._each_runtime(lambda node: node.on_link_lost(self._post.reaches))
 
     def end(self) -> None:
@@ -205,7 +210,7 @@ class Session:
 
         def report(state: m.NodeState, done: int, message: str = "") -> None:
             self._post.to_coordinator(
-                m.EpochState(epoch, assignment.node, state, done, len(layers), message[:1000])
+                m.EpochState(epoch, assignment.node, state, done, len(layers), m.brief(message))
             )  # fmt: skip
 
         loop = asyncio.get_running_loop()
@@ -230,6 +235,21 @@ class Session:
         await linked.wait()
         report("ready", len(layers))
 
+    async def _measure_again(self, node: NodeId) -> None:
+        """Tell what an idle device does now; one that serves shows it at work."""
+        await self._measured.wait()
+        host = self._hosts.get(node)
+        if host is None or not await host.clear():
+            return
+        try:
+            times = await host.measure(None)
+        except (MemoryError, RuntimeError) as error:
+            logs.event(log, logging.WARNING, "not_measured_again", node=node, reason=str(error)[:300])
+            return
+        assert host.runtime is not None
+        host.runtime.gauge = SpeedGauge(times)
+        self._post.to_coordinator(m.Measured(node, list(times.prompt_layer_time_s), list(times.decode_layer_time_s)))
+
     async def _retire(self, epoch: Epoch) -> None:
         for host in self._hosts.values():
             await host.retire_below(epoch)
@@ -240,7 +260,9 @@ class Session:
                 address.host, address.port, self._options.dial_timeout_s, PeerId(address.peer)
             )  # fmt: skip
         except HelixError as error:
-            self._post.to_coordinator(m.LinkLost(address.peer, str(error)[:1000]))
+            # It may have dialled us meanwhile, which we are perhaps the only one of the two to be unable to.
+            if PeerId(address.peer) not in self._network.links:
+                self._post.to_coordinator(m.LinkLost(address.peer, m.brief(str(error))))
 
     async def _probe(self, request: m.Probe) -> None:
         peer = PeerId(request.peer)
@@ -255,7 +277,7 @@ class Session:
                     link = await self._network.dial(request.host, request.port, self._options.dial_timeout_s, peer)
                 found = await link.probe(request.max_bytes, self._options.probe_timeout_s)
             except (HelixError, ValueError) as error:
-                self._post.to_coordinator(m.Probed(peer, 0.0, 0.0, str(error)[:1000] or "failed"))
+                self._post.to_coordinator(m.Probed(peer, 0.0, 0.0, m.brief(str(error)) or "failed"))
                 return
         self._post.to_coordinator(m.Probed(peer, found.rtt_s, found.bandwidth_bytes_per_s, ""))
         if dialled:

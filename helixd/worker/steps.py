@@ -39,7 +39,8 @@ class DrawnToken:
 class StepOutcome:
     """What came of a step. `rows`: next hop, the passes that go there, and their rows as one buffer.
 
-    `failed`: passes that could not be computed, each with the reason.
+    `failed`: passes that could not be computed, each with the reason. `layers_s`: seconds that the layers took, 0 where
+    that is not known.
     """
 
     rows: list[tuple[str, list[Pass], memoryview]] = field(default_factory=list)
@@ -47,3 +48,4 @@ class StepOutcome:
     scored: list[tuple[Pass, tuple[TokenLogprobs | None, ...]]] = field(default_factory=list)
     out_of_kv: list[Pass] = field(default_factory=list)
     failed: list[tuple[Pass, str]] = field(default_factory=list)
+    layers_s: float = 0.0

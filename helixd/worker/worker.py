@@ -23,7 +23,7 @@ from helixd.ids import NodeId
 from helixd.model.digests import WeightDigests
 from helixd.protocol import messages as m
 from helixd.protocol.codec import ProtocolError, from_frame, to_frame
-from helixd.protocol.messages import OLDEST_VERSION, PROTOCOL_VERSION
+from helixd.protocol.versions import OLDEST_VERSION, PROTOCOL_VERSION
 from helixd.wire.link import Frame, Link
 from helixd.wire.peers import PeerNetwork
 from helixd.worker.backend import Backend, NodeSetup
@@ -170,7 +170,7 @@ class Worker:
         session = self._session
         if session is None or self._post is None:
             return
-        self._post.to_coordinator(m.Leave(reason[:1000]))
+        self._post.to_coordinator(m.Leave(m.brief(reason)))
         try:
             async with asyncio.timeout(timeout_s):
                 await session.left.wait()
@@ -269,7 +269,7 @@ class Worker:
         software = f"helixd {helixd.__version__} python {sys.version.split()[0]} torch {_torch_version()}"
         return m.Hello(
             PROTOCOL_VERSION, nodes, self._options.local_fingerprint, self._options.advertise, self._options.port,
-            software, models.pop() if models else "", held, self._options.name,
+            software, models.pop() if models else "", held, self._options.name[:256],
             OLDEST_VERSION,
         )  # fmt: skip
 
@@ -294,12 +294,17 @@ class Worker:
                     host.runtime.tidy()
             if self._session is None or self._post is None:
                 continue
+            paths = self._post.paths()
             for host in self.hosts.values():
                 if host.runtime is not None:
-                    self._post.to_coordinator(self._status_of(host, host.runtime, process))
+                    self._post.to_coordinator(self._status_of(host, host.runtime, process, paths))
+                    paths = []
 
-    def _status_of(self, host: NodeHost, runtime: NodeRuntime, process: psutil.Process) -> m.NodeStatus:
+    def _status_of(
+        self, host: NodeHost, runtime: NodeRuntime, process: psutil.Process, paths: list[m.PathSeen]
+    ) -> m.NodeStatus:
         engine = host.engine
+        slower = runtime.slowdown()
         return m.NodeStatus(
             node=host.setup.node,
             steps_done=runtime.steps_done,
@@ -313,6 +318,9 @@ class Worker:
             loop_lag_s=self._loop_lag_s,
             resident_bytes=process.memory_info().rss,
             weight_bytes_loaded=host.weight_bytes_loaded,
+            prefill_slowdown=slower.prefill or 0.0,
+            decode_slowdown=slower.decode or 0.0,
+            paths=paths,
         )
 
 

@@ -28,7 +28,7 @@ SHORT_S = 1.0
 """A partition that nobody is to be declared dead for."""
 LONG_S = examples(6, 30)
 """One that outlasts the silence."""
-HOP_S = 0.008
+HOP_S = 0.006
 """What a packet takes from host to host: it paces the streams, so that faults hit them."""
 REJOIN_S = 10.0
 MARGIN_S = 7.0

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from helixd.exits import Exit
-from tests.budget import examples
+from tests.budget import LONG, examples
 from tests.daemons import Daemons, add_tokenizer, byte_tokenizer, daemons
 from tests.families import VOCAB, exact_checkpoint, reference_tokens
 from tests.faults.load import load, until
@@ -231,6 +231,7 @@ def test_c23_an_api_that_is_asked_all_the_time_still_streams(made: Daemons, text
     assert lost(made) == before
 
 
+@pytest.mark.skipif(not LONG, reason="a shorter one is in functional/test_daemon_manners.py; this one with --long")
 def test_a_worker_whose_device_hangs_for_good_ends_and_its_sequences_go_on(made: Daemons, texts: list[str]) -> None:
     """As above, but the worker's own patience is short, as it is by default compared with the coordinator's."""
     with load(made, PROMPTS, NEW) as under:

@@ -18,6 +18,7 @@ import pytest
 from helixd.ids import Incarnation, PeerId
 from helixd.plan.spec import COORDINATOR
 from helixd.protocol import messages as m
+from helixd.protocol import versions
 from helixd.protocol.codec import from_frame, to_frame
 from helixd.wire.endpoint import Endpoint
 from helixd.wire.errors import AuthRejected, CloseCode
@@ -341,7 +342,7 @@ async def stranger(
         yield Stranger(await endpoint.dial(host, int(port), 10.0), said, lost)
 
 
-def hello(*nodes: str, protocol: int = m.PROTOCOL_VERSION, budget: int = 1 << 20) -> m.Hello:
+def hello(*nodes: str, protocol: int = versions.PROTOCOL_VERSION, budget: int = 1 << 20) -> m.Hello:
     return m.Hello(protocol, [m.NodeHardware(n, "cpu", "none", budget, budget) for n in nodes], "", "", 1, "stranger")
 
 

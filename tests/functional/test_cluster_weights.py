@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from helixd.coordinator.replanning import ReplanOptions
 from helixd.model.index import SafetensorsIndex
-from helixd.protocol import messages as m
+from helixd.protocol import versions
 from helixd.worker import worker as worker_module
 from tests.cluster import cluster, make_plan
 from tests.families import make_checkpoint, reference
@@ -183,15 +183,17 @@ async def test_a_worker_meets_a_coordinator_of_the_version_before(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The coordinator then speaks version 1 only; the worker, of version 2, goes along."""
-    monkeypatch.setattr(m, "PROTOCOL_VERSION", 1)
+    monkeypatch.setattr(versions, "PROTOCOL_VERSION", 1)
     async with cluster(checkpoint, {"w": BUDGET}) as made:
         await made.serve({"w": (0, made.model.config.num_layers)})
         assert len((await made.ask([1, 2, 3], 4)).tokens) == 4
 
 
 def test_versions_agree_on_the_newest_of_both() -> None:
-    both = range(m.OLDEST_VERSION, m.PROTOCOL_VERSION + 1)
-    assert [m.common_version(version, version) for version in both] == list(both)
-    assert m.common_version(m.PROTOCOL_VERSION + 1, m.PROTOCOL_VERSION) == m.PROTOCOL_VERSION
-    assert m.common_version(m.PROTOCOL_VERSION + 1, m.PROTOCOL_VERSION + 1) is None
-    assert m.common_version(m.OLDEST_VERSION - 1, 0) is None
+    both = range(versions.OLDEST_VERSION, versions.PROTOCOL_VERSION + 1)
+    assert [versions.common_version(version, version) for version in both] == list(both)
+    assert (
+        versions.common_version(versions.PROTOCOL_VERSION + 1, versions.PROTOCOL_VERSION) == versions.PROTOCOL_VERSION
+    )
+    assert versions.common_version(versions.PROTOCOL_VERSION + 1, versions.PROTOCOL_VERSION + 1) is None
+    assert versions.common_version(versions.OLDEST_VERSION - 1, 0) is None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from helixd.assembly import cannot_listen
 from helixd.exits import Exit
 from tests.daemons import Daemon, Daemons, Stream, daemons
 
@@ -91,6 +92,16 @@ def test_an_address_in_use_is_named_with_the_way_out(made: Daemons, key: str, fl
         assert ended(daemon) == Exit.CONFIG
     (line,) = daemon.text.splitlines()
     assert f"{key} = {address}: Address already in use; give another address with {flag} HOST:PORT" in line
+
+
+def test_an_address_whose_host_nobody_knows_says_so() -> None:
+    """A resolver's numbers are its own: the system has no words for them."""
+    unknown = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    said = cannot_listen("api.listen", "--listen", "nowhere.invalid", 80, unknown)
+    assert (
+        said
+        == "api.listen = nowhere.invalid:80: Name or service not known; give another address with --listen HOST:PORT"
+    )
 
 
 def test_a_state_directory_in_use_is_named(made: Daemons) -> None:

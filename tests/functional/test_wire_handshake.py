@@ -170,6 +170,11 @@ async def silence(_: web.WebSocketResponse) -> None:
     await asyncio.Event().wait()
 
 
+async def restart_between_sockets(ws: web.WebSocketResponse) -> None:
+    await listen_honestly(ws, identity("far"))
+    await asyncio.Event().wait()
+
+
 async def never_grant(ws: web.WebSocketResponse) -> None:
     await listen_honestly(ws, _FAR)
     await asyncio.Event().wait()
@@ -198,6 +203,7 @@ _FAR = identity("far")
         (chat, PeerLost, "only binary"),
         (flood, PeerLost, "too large"),
         (hang_up, PeerRefused, "house full"),
+        (restart_between_sockets, PeerLost, "changed while"),
         (vanish, PeerLost, "closed the connection"),
         (silence, PeerLost, "no link within 0.4 s"),
         (never_grant, PeerLost, r"no link within 0.4 s|sent no setup"),
@@ -444,3 +450,13 @@ async def test_a_dead_port_and_a_closed_endpoint_say_so() -> None:
 
 def test_the_message_limit_leaves_room_for_the_longest_name() -> None:
     assert len(dataclasses.replace(HELLO, identity=identity("n" * 200)).encode()) <= MAX_MESSAGE_BYTES <= 4 * KIB
+
+
+@pytest.mark.parametrize(
+    ("host", "port"), [("a..b", 1), ("a" * 64, 1), ("", 1), ("127.0.0.1/x?y#", 1), ("a@b", 1), ("::1", 1), ("h", 65536)]
+)
+async def test_an_address_that_is_none_is_a_peer_that_is_not_there(host: str, port: int) -> None:
+    """Workers dial what other workers advertise."""
+    async with Side("near").websockets() as near:
+        with pytest.raises(PeerLost, match="cannot connect"):
+            await near.dial(host, port, DEADLINE_S)

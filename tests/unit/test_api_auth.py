@@ -37,6 +37,9 @@ def test_a_key_file_has_one_key_per_line(tmp_path: Path) -> None:
     path.write_text("# ours\nfirst\n\n  second  \n")
     path.chmod(0o600)
     assert load_keys(path) == KEYS
+    # As some editors begin a file; the first key would be one that nobody can send.
+    path.write_bytes(b"\xef\xbb\xbffirst\r\nsecond\r\n")
+    assert load_keys(path) == KEYS
 
 
 @pytest.mark.parametrize(("text", "mode"), [("first\n", 0o640), ("first\n", 0o604), ("# none\n\n", 0o600)])

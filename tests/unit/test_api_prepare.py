@@ -81,3 +81,23 @@ def test_a_text_with_a_token_that_only_the_tokenizer_has_is_refused() -> None:
                 call()
             assert (caught.value.status, caught.value.param) == (400, field)
             assert "token 256" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("ids", "max_tokens", "echo"),
+    [
+        ([104, 0xC3], 1, "h"),
+        ([104, 0xF0, 0x9F, 0x98], 1, "h"),
+        ([104, 0xC3], 0, "h\ufffd"),
+        ([104, 0xC3, 0xA9], 1, "h\u00e9"),
+        ([0xC3, 104], 1, "\ufffdh"),
+        ([0xFF], 1, "\ufffd"),
+        ([*"\ufffd".encode()], 1, "\ufffd"),
+    ],
+)
+def test_a_character_that_the_prompt_begins_is_left_to_the_answer(ids: list[int], max_tokens: int, echo: str) -> None:
+    """What is drawn next completes it, or shows that it never will be: echoed as well it would be there twice."""
+    body = {"model": "tiny", "prompt": ids, "echo": True, "max_tokens": max_tokens}
+    call = parse_completion(body, OPTIONS, TARGET)
+    prepared = prepare_completion(call, TextTools(ByteTokenizer(), None), OPTIONS, TARGET, "cmpl-1", "")
+    assert prepared.echoes == (echo,)

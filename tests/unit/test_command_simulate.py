@@ -72,6 +72,20 @@ def test_other_plans_are_set_beside_it_and_drawn(cluster: Path, capsys: pytest.C
     assert "petals" in "".join(drawn.itertext())
 
 
+def test_what_has_no_plan_is_told_beside_the_others(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    many = {**CLUSTER, "nodes": [{"id": f"n{i}", "type": "t"} for i in range(13)]}
+    ends = ["coordinator", *(node["id"] for node in many["nodes"])]
+    many["links"] = [[src, dst, 1e8, 0.001] for src in ends for dst in ends if src != dst]
+    cluster.write_text(json.dumps(many))
+    assert run(cluster, "petals", *QUICK, "--compare", "milp", "swarm", "--json") == 0
+    found = json.loads(capsys.readouterr().out)["compared"]
+    assert "13 nodes are too many" in found["milp"]["no_plan"]
+    assert found["swarm"]["decode_tokens_per_s"] > 0
+    assert run(cluster, "petals", *QUICK, "--compare", "milp") == 0
+    assert "milp: no plan: 13 nodes" in capsys.readouterr().out
+    assert run(cluster, "milp", *QUICK) == 69
+
+
 def test_a_plan_can_be_made_on_the_way(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(cluster, "auto", *QUICK, "--json") == 0
     assert json.loads(capsys.readouterr().out)["decode_tokens_per_s"] > 0

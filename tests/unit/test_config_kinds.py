@@ -71,6 +71,24 @@ def test_what_is_no_address_is_refused(text: str) -> None:
         Address.of(text)
 
 
+@pytest.mark.parametrize("host", ["foo..bar", ".lan", "x" * 64, "a." + "x" * 64 + ".lan"])
+def test_a_host_that_no_resolver_would_take_is_refused(host: str) -> None:
+    """Resolving it is no OSError but a UnicodeError, from deep inside."""
+    with pytest.raises(ValueError, match="host"):
+        Address.of(f"{host}:80")
+    for fine in ("x" * 63, "my_host.lan.", "b\u00fccher.example"):
+        assert Address.of(f"{fine}:80").host == fine
+
+
+def test_a_name_is_printable_and_short_enough_to_be_sent() -> None:
+    kind = kinds.name(8)
+    for fine in ("", "gpu 1", "\u00e4" * 4, "x" * 8):
+        assert kind.parse(fine, BASE) == fine
+    for wrong in ("x" * 9, "\u00e4" * 5, "a\nb", "\x1b[0m", 3):
+        with pytest.raises(ValueError, match=r"printable|string"):
+            kind.parse(wrong, BASE)
+
+
 def test_an_address_others_connect_to_has_a_port() -> None:
     assert kinds.OPTIONAL_ADDRESS.parse("", BASE) is None
     assert kinds.OPTIONAL_ADDRESS.parse("a:1", BASE) == Address("a", 1)
@@ -107,6 +125,13 @@ def test_text_is_read_as_toml_where_the_kind_is_no_string() -> None:
     for kind, text in ((kinds.integer(0), "eight"), (kinds.BOOLEAN, "yes"), (kinds.BOOLEAN, "1")):
         with pytest.raises(ValueError, match="expected"):
             kind.parse_text(text, BASE)
+
+
+@pytest.mark.parametrize("text", ['["https://a"', "[a]", '["a" "b"]'])
+def test_text_that_begins_a_list_and_is_none_is_refused(text: str) -> None:
+    """Taken as words, it would be an origin that no browser has."""
+    with pytest.raises(ValueError, match="not a list"):
+        kinds.STRINGS.parse_text(text, BASE)
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,15 @@ def test_a_file_that_cannot_be_read_is_a_problem(tmp_path: Path, env: dict[str, 
     assert "not UTF-8" in problems(DEMO, env=env, file=tmp_path / "latin.toml")[0]
 
 
+def test_a_variable_for_a_pin_is_told_where_pins_go(env: dict[str, str]) -> None:
+    """Nodes have names that variables cannot have; the advice must not be the very name that was given."""
+    found = problems(DEMO, env=env | {"HELIXD_PLANNER__PINS__GPU1__EXCLUDE": "true"})
+    assert found == [
+        "$HELIXD_PLANNER__PINS__GPU1__EXCLUDE: planner.pins cannot be set by a variable, which cannot have a node's "
+        "name; use the file, or --set 'planner.pins.\"node-id\".KEY=VALUE'"
+    ]
+
+
 def test_where_the_file_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system = tmp_path / "etc.toml"
     user = tmp_path / "xdg" / "helixd" / "helixd.toml"

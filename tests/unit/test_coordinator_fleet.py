@@ -7,6 +7,7 @@ import pytest
 from helixd.coordinator.fleet import Fleet, Peer
 from helixd.ids import Incarnation, NodeId, PeerId
 from helixd.protocol import messages as m
+from helixd.protocol import versions
 
 NODES = [NodeId("a"), NodeId("b")]
 
@@ -15,7 +16,7 @@ def fleet() -> Fleet:
     made, nothing = Fleet(), object()
     anything: Any = nothing
     for node in NODES:
-        hello = m.Hello(m.PROTOCOL_VERSION, [m.NodeHardware(node, "cpu", "x", 1, 1)], "", "", 1, "test")
+        hello = m.Hello(versions.PROTOCOL_VERSION, [m.NodeHardware(node, "cpu", "x", 1, 1)], "", "", 1, "test")
         assert not made.add(Peer(PeerId(node), Incarnation(1), anything, anything, "host", 1, hello))
     return made
 

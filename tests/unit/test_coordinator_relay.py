@@ -12,6 +12,7 @@ from helixd.ids import Incarnation, NodeId, PeerId
 from helixd.plan.plan import Hop, Plan
 from helixd.plan.spec import COORDINATOR
 from helixd.protocol import messages as m
+from helixd.protocol import versions
 from helixd.protocol.codec import to_frame
 from helixd.wire.link import Frame
 
@@ -46,7 +47,7 @@ class FakeOutbox:
         self.posted.append(frame)
 
 
-def fleet(protocol: int = m.PROTOCOL_VERSION) -> Fleet:
+def fleet(protocol: int = versions.PROTOCOL_VERSION) -> Fleet:
     """Three workers of one node each, all near the coordinator; a and b do not reach each other."""
     made = Fleet()
     for name in (A, B, C):
@@ -74,7 +75,7 @@ def test_pairs_that_fail_both_ways_can_be_relayed() -> None:
 
 @pytest.mark.parametrize("what", ["one way is not known", "a worker left", "the way here fails", "it is too old"])
 def test_pairs_that_cannot_be_relayed(what: str) -> None:
-    made = fleet(m.RELAY_VERSION - 1) if what == "it is too old" else fleet()
+    made = fleet(versions.RELAY_VERSION - 1) if what == "it is too old" else fleet()
     match what:
         case "one way is not known":
             del made.links[B, A]

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from helixd.coordinator import replanning
+from helixd.coordinator.drifting import DriftEvent
 from helixd.coordinator.planning import ModelSizes, PlanningOptions
 from helixd.coordinator.relay import Pair
 from helixd.coordinator.replanning import Replanner, ReplanOptions
 from helixd.ids import NodeId, PeerId
 from helixd.layers import LayerRange
-from helixd.plan.plan import Infeasible, Plan
+from helixd.plan.plan import Hop, Infeasible, Plan
+from helixd.plan.spec import COORDINATOR
 from helixd.solver.process import PlannerFailed
 from tests.unit.plan_worlds import ranges
 
@@ -34,8 +36,10 @@ class World:
         self.answer: Any = None
         self.asked: list[Any] = []
         self.pipeline = True
-        nodes = {NodeId(name): SimpleNamespace(id=NodeId(name), measured=object()) for name in ("a", "b")}
-        fleet: Any = SimpleNamespace(nodes=nodes, ready_nodes=lambda: iter(nodes.values()), links={}, peers={})
+        nodes = self.nodes = {NodeId(name): SimpleNamespace(id=NodeId(name), measured=object()) for name in ("a", "b")}
+        fleet: Any = SimpleNamespace(
+            nodes=nodes, ready_nodes=lambda: iter(nodes.values()), links={}, peers={}, peer_of=lambda node: None
+        )
         admission: Any = SimpleNamespace(something_changed=lambda: None, has_pipeline=lambda: self.pipeline)
         world = self
 
@@ -124,6 +128,29 @@ async def test_a_gain_that_comes_too_soon_is_looked_at_again(monkeypatch: pytest
     running.cancel()
 
 
+async def test_only_the_first_plan_waits_for_all_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are left when one is lost for good must be planned for."""
+    world = World(monkeypatch, cooldown_s=0.0, wait_for_nodes=2)
+    world.answer = (plan(HERE, 100, 10), None)
+    gone = world.nodes.pop(NodeId("b"))
+    running = asyncio.create_task(world.replanner.run(lambda: True))
+    world.replanner.something_changed()
+    await asyncio.sleep(0.05)
+    assert world.replanner.why_no_plan == "1 of 2 nodes have joined and are measured"
+    async with asyncio.timeout(10):
+        world.nodes[NodeId("b")] = gone
+        world.replanner.something_changed()
+        while not world.pushed:
+            await asyncio.sleep(0.01)
+        del world.nodes[NodeId("b")]
+        world.pipeline = False
+        world.answer = (plan(ranges({"a": (0, 8)}), 50, 5), None)
+        world.replanner.something_changed()
+        while len(world.pushed) < 2:
+            await asyncio.sleep(0.01)
+    running.cancel()
+
+
 async def test_a_planner_that_fails_or_finds_nothing_leaves_what_is_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, cooldown_s=0.0)
     monkeypatch.setattr(replanning, "RETRY_S", 0.0)
@@ -154,3 +181,77 @@ async def test_relaying_is_tried_when_nothing_else_connects(
     await world.replan()
     assert built == [()], "what connects without is taken"
     assert world.active.relayed == frozenset()
+
+
+def split(shares: Mapping[str, float], decode: float) -> Plan:
+    """The one placement with other weights."""
+    schedule = {COORDINATOR: tuple(Hop(NodeId(node), share) for node, share in shares.items())}
+    return Plan(8, HERE, schedule, 100, predicted_decode_tokens_per_s=decode, explanations={})
+
+
+async def drifted(world: World, answer: Any) -> DriftEvent:
+    """What becomes of a drift when the planner answers this."""
+    world.answer = answer
+    event = DriftEvent("a", "a decode takes 3 times as long", 0.0)
+    world.replanner.drifted(event)
+    await world.replan()
+    return event
+
+
+@pytest.mark.parametrize(
+    ("answer", "moves", "decision"),
+    [
+        ((plan(THERE, 100, 11), plan(HERE, 100, 10)), True, "a new plan: 10% more output"),
+        (
+            (plan(THERE, 100, 10.9), plan(HERE, 100, 10)),
+            False,
+            "the plan stays: another would give 9% more output, layers move for 10%",
+        ),
+        (
+            (split({"a": 80, "b": 20}, 10), split({"a": 80, "b": 20}, 10)),
+            True,
+            "a new plan: layers stay, up to 30% of what passes a node goes on elsewhere",
+        ),
+        (
+            (split({"a": 55, "b": 45}, 10), split({"a": 55, "b": 45}, 10)),
+            False,
+            "the plan stays: its placement is still the best",
+        ),
+        (Infeasible("too little memory"), False, "there is no other placement: too little memory"),
+    ],
+)
+async def test_a_drift_is_told_what_becomes_of_it(
+    answer: Any, moves: bool, decision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(monkeypatch, cooldown_s=0.0)
+    world.answer = (split({"a": 50, "b": 50}, 10), None)
+    await world.replan()
+    event = await drifted(world, answer)
+    assert event.decision == decision
+    assert len(world.pushed) == 1 + moves
+
+
+async def test_without_a_drift_other_shares_are_no_reason_to_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, cooldown_s=0.0)
+    world.answer = (split({"a": 50, "b": 50}, 10), None)
+    await world.replan()
+    world.answer = (split({"a": 80, "b": 20}, 10),) * 2
+    await world.replan()
+    assert len(world.pushed) == 1
+
+
+async def test_a_drift_waits_for_its_decision_while_layers_have_just_moved_or_the_planner_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch, cooldown_s=0.2)
+    monkeypatch.setattr(replanning, "RETRY_S", 0.0)
+    world.answer = (plan(HERE, 100, 10), None)
+    await world.replan()
+    event = await drifted(world, PlannerFailed("status -9"))
+    assert event.decision == ""
+    world.answer = (plan(THERE, 100, 20), plan(HERE, 100, 10))
+    await world.replan()
+    assert (event.decision, len(world.pushed)) == ("", 1)
+    await asyncio.sleep(0.25)
+    await world.replan()
+    assert (event.decision, len(world.pushed)) == ("a new plan: 100% more output", 2)

@@ -1,6 +1,8 @@
 """Any history of opens, chunks, decode steps, repeats and closes gives each sequence what it gets alone."""
 
 import dataclasses
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helixd.engine.engine import Engine, KvExhausted
+from helixd.engine.kv import KvPool
 from helixd.engine.timing import RandomWeights
 from helixd.engine.types import EngineOptions, SequenceSpec, StageWork
 from helixd.errors import ModelError, OutOfKv
@@ -197,6 +200,53 @@ def test_a_full_pool_refuses_the_batch_and_changes_nothing() -> None:
     torch.testing.assert_close(got, SOLO[0][8:16], rtol=0, atol=2e-5)
     with pytest.raises(OutOfKv):
         engine.forward([work_of(0, 16, 17)])
+
+
+def test_a_sequence_goes_on_while_the_room_for_kv_changes() -> None:
+    """Less room than is held refuses what would take more, and takes nothing away; later there is more again."""
+    engine, sequence = make_engine(), SequenceId(1)
+    engine.open(SequenceSpec(sequence, LayerRange(0, LAYERS), TOTAL, GREEDY, IDS[0]))
+    room = engine.kv_capacity_token_layers
+    score = (*IDS[0][1:], None)
+
+    def run(target: Engine, start: int, end: int) -> list[float]:
+        work = StageWork(sequence, start, token_ids=IDS[0][start:end], score=score[start:end])
+        [result] = target.forward([work])
+        assert result.scores is not None
+        return [found.logprob for found in result.scores if found is not None]
+
+    got = run(engine, 0, 10)
+    engine.set_kv_capacity(LAYERS * 4)
+    got += run(engine, 10, 12)
+    with pytest.raises(KvExhausted):
+        run(engine, 12, 20)
+    engine.check_integrity()
+    for capacity in (room, 2 * room, LAYERS * TOTAL):
+        engine.set_kv_capacity(capacity)
+        assert engine.kv_capacity_token_layers <= capacity
+        got += run(engine, len(got), len(got) + 7)
+        engine.check_integrity()
+    engine.close(sequence)
+    alone = make_engine()
+    alone.open(SequenceSpec(sequence, LayerRange(0, LAYERS), TOTAL, GREEDY, IDS[0]))
+    assert got == pytest.approx(run(alone, 0, len(got)), abs=1e-5)
+
+
+def test_an_unused_pool_is_given_back_before_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes all that weights leave of a device: both at once would be more than there is."""
+    engine = make_engine()
+    old = [weakref.ref(tensor) for tensor in (engine._pool.k, engine._pool.v)]
+    made: list[bool] = []
+    original = KvPool.__init__
+
+    def spy(pool: KvPool, **options: Any) -> None:
+        if options["pages"]:
+            made.append(any(reference() is not None for reference in old))
+        original(pool, **options)
+
+    monkeypatch.setattr(KvPool, "__init__", spy)
+    engine.set_kv_capacity(LAYERS * TOTAL)
+    assert made == [False]
 
 
 def test_work_that_does_not_fit_is_refused_by_name() -> None:

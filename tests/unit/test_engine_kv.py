@@ -91,3 +91,41 @@ def test_books_hold_after_any_history(steps: list[tuple[tuple[int, int], int, bo
     pool.release(held)
     assert pool.pages_used == 0
     assert pool.allocatable(LayerRange(0, 6)) == pool.pages_total // 6
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([(0, 6), (2, 6), (3, 6), (0, 3)]),
+            st.integers(0, 5),
+            st.sampled_from(["take", "give", "size"]),
+        )
+    )
+)
+def test_what_pages_hold_outlasts_every_other_size_of_the_pool(steps: list[tuple[tuple[int, int], int, str]]) -> None:
+    pool = make_pool()
+    held: list[tuple[Page, float]] = []
+    for number, (pair, count, what) in enumerate(steps):
+        if what == "give":
+            pool.release(page for page, _ in held[:count])
+            del held[:count]
+        elif what == "size":
+            pool.resize(12 * count)
+            assert pool.pages_total == 12 * count
+        elif count <= pool.allocatable(LayerRange.of(pair)):
+            for page in pool.allocate(LayerRange.of(pair), count):
+                held.append((page, float(number)))
+                for base in page.slab.bases:
+                    pool.k[base + page.number] = number
+                    pool.v[base + page.number] = -number
+        pool.check_integrity(page for page, _ in held)
+        for page, value in held:
+            for base in page.slab.bases:
+                assert bool((pool.k[base + page.number] == value).all())
+                assert bool((pool.v[base + page.number] == -value).all())
+    pool.release(page for page, _ in held)
+    pool.resize(24)
+    assert pool.pages_used == 0
+    assert pool.k.shape[0] == pool.v.shape[0] == 24
+    assert pool.allocatable(LayerRange(0, 6)) == 4

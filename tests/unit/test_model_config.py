@@ -178,6 +178,7 @@ REFUSED = [
     ("gemma3_1b", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters.rope_type"),
     ("gemma3_1b", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("llama2", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
+    ("gemma3_1b", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     ("mistral_v1", {"attention_bias": True}, "attention_bias"),
     ("qwen2", {"mlp_bias": True}, "mlp_bias"),
     ("mistral_v1", {"layer_types": ["full_attention"] * 32}, "layer_types"),

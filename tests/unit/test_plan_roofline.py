@@ -48,11 +48,53 @@ def test_every_figure_of_the_table_is_possible() -> None:
     assert len(HARDWARE) > 50
     for name, found in HARDWARE.items():
         assert find_hardware(name) is found
-        assert found.memory_bytes is None or 5e9 < found.memory_bytes < 2e11
+        assert found.memory_bytes is None or 5e9 < found.memory_bytes < 3e11
         assert 1e10 < found.bandwidth_bytes_per_s < 1e13
         assert all(1e11 <= rate < 1e16 for rate in found.flops_per_s.values())
         assert found.rate("float16") >= found.rate("float32")
         assert 0.5 < found.usable < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_gb", "gb_per_s", "dtype", "tflops"),
+    [
+        # What the sheets print, dense.
+        ("A100-80GB", 80, 2039, "bfloat16", 312),
+        ("H100", 80, 3350, "bfloat16", 989),
+        ("H200", 141, 4800, "float16", 989),
+        ("L4", 24, 300, "float16", 121),
+        ("L40S", 48, 864, "bfloat16", 362),
+        ("T4", 16, 320, "float16", 65),
+        # Before Ampere bfloat16 is computed as float32.
+        ("T4", 16, 320, "bfloat16", 8.1),
+        ("V100-32GB", 32, 900, "float16", 125),
+        ("RTX 3090", 24, 936, "bfloat16", 71),
+        ("RTX 4090", 24, 1008, "bfloat16", 165),
+        ("RTX 5090", 32, 1792, "float32", 105),
+        ("MI300X", 192, 5300, "bfloat16", 1307),
+        ("M2 Ultra", None, 800, "float16", 27.2),
+        # Cores x base GHz x operations per cycle.
+        ("Xeon 8480+", None, 8 * 4.8 * 8, "bfloat16", 56 * 2.0 * 1.024),
+        ("Xeon 8380", None, 8 * 3.2 * 8, "float32", 40 * 2.3 * 0.064),
+        ("EPYC 9654", None, 12 * 4.8 * 8, "bfloat16", 96 * 2.4 * 0.064),
+        ("Ryzen 9 7950X", None, 2 * 5.2 * 8, "float32", 16 * 4.5 * 0.032),
+    ],
+)
+def test_well_known_figures(
+    name: str, memory_gb: float | None, gb_per_s: float, dtype: str, tflops: float
+) -> None:  # fmt: skip
+    found = HARDWARE[name]
+    assert found.memory_bytes == (None if memory_gb is None else memory_gb * 1e9)
+    assert found.bandwidth_bytes_per_s == pytest.approx(gb_per_s * 1e9, rel=0.01)
+    assert found.rate(dtype) == pytest.approx(tflops * 1e12, rel=0.02)
+
+
+def test_geforce_cards_multiply_matrices_at_twice_their_single_rate() -> None:
+    cards = [found for name, found in HARDWARE.items() if name.startswith(("RTX 30", "RTX 40", "RTX 50"))]
+    cards = [found for found in cards if "Ada" not in found.name]
+    assert len(cards) > 15
+    for found in cards:
+        assert found.rate("bfloat16") == pytest.approx(2 * found.rate("float32"), rel=0.01), found.name
 
 
 @pytest.mark.parametrize("name", ["nvidia rtx 4090", "NVIDIA GeForce RTX 4090", "RTX-4090", "rtx4090"])

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from helixd.protocol import messages as m
 from helixd.protocol.codec import MESSAGE_TYPES, ProtocolError, from_frame, pack_ids, to_frame, unpack_ids
 from helixd.sampling import SamplingParams
+from helixd.wire.frames import encode_small_head
 from helixd.wire.link import Frame
+from helixd.wire.options import WireOptions
 
 EXAMPLES: list[m.Message] = [
     m.Hello(1, [m.NodeHardware("n", "cpu", "x", 10, 5)], "f", "", 7071, "0.1", "g", [("n", 0, 3)]),
@@ -35,6 +37,7 @@ EXAMPLES: list[m.Message] = [
     m.Fetched(1, "F32", [2, 2], ""),
     m.Leave("SIGTERM"),
     m.Left(),
+    m.Measure("n"),
 ]  # fmt: skip
 
 
@@ -91,3 +94,15 @@ def test_a_torn_payload_of_ids_is_refused() -> None:
     assert unpack_ids(None) == ()
     with pytest.raises(ProtocolError, match="7 bytes"):
         unpack_ids(memoryview(bytes(7)))
+
+
+@given(
+    st.text(st.characters(), max_size=1200) | st.sampled_from(["\u00e9" * 1000, "\U0001f600" * 999, "\udcff" * 1001])
+)
+def test_whatever_is_said_briefly_can_be_said(text: str) -> None:
+    """An error may quote a path in any alphabet, or in none."""
+    message = m.StageFailed(9, 1, "n", "compute", m.brief(text))
+    encode_small_head(message.KIND, to_frame(message).body, None, WireOptions().max_body_bytes)
+    assert from_frame(to_frame(message)) == message
+    if len(text) < 200 and not any(0xD800 <= ord(letter) < 0xE000 for letter in text):
+        assert message.message == text

@@ -68,6 +68,14 @@ def test_among_hops_near_their_share_the_one_that_is_done_first_is_taken() -> No
     assert FlowShares(fan(2.0, 1.0), COORDINATOR).choose(COORDINATOR, (B,), 1) == B
 
 
+def test_measured_queues_are_gone_by_where_they_are_known() -> None:
+    rows = {A: 500.0, B: 0.0}
+    chooser = FlowShares(fan(2.0, 1.0), COORDINATOR, slack_tokens=10_000, queue_of=lambda node: rows[node])
+    assert take(chooser, 100, (A, B)) == B
+    rows[A] = 50.0
+    assert take(chooser, 100, (A, B)) == A
+
+
 def test_the_slack_is_gone_when_kv_is_half_full() -> None:
     fill = {A: 0.0, B: 0.0, C: 0.0}
     chooser = FlowShares(fan(1.0, 1.0), COORDINATOR, slack_tokens=10_000, fill_of=lambda node: fill[node])

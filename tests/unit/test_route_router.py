@@ -220,3 +220,61 @@ def test_draws_find_every_admissible_path_and_leak_nothing(data: st.DataObject) 
     for sequence in drawn:
         assert router.release(sequence) == 10 * num_layers
     assert router.ledger.total_used() == 0
+
+
+LIFE = st.lists(
+    st.tuples(
+        st.sampled_from(["draw", "again", "prefilled", "decode", "grow", "release", "lost"]),
+        st.integers(0, 5), st.integers(1, 40), st.sets(st.sampled_from(["a0", "a1", "b0", "b1", "c0", "c1"])),
+    ),
+    max_size=50,
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(LIFE)
+def test_whatever_happens_to_sequences_nothing_is_over_committed_and_nothing_leaks(
+    steps: list[tuple[str, int, int, set[str]]],
+) -> None:
+    """Draws under masks, attempts beside one another, growth, releases in any order, nodes that lose all they have."""
+    plan, room = two_by_three(), 4 * 100
+    router = Router(plan, dict.fromkeys(plan.placement, room), high_water=0.8, prefill_limit_tokens=100)
+    attempts: dict[SequenceId, dict[int, Route]] = {}
+    for what, who, tokens, down in steps:
+        sequence = SequenceId(who)
+        known = attempts.setdefault(sequence, {})
+        latest = max(known, default=0)
+        if what in ("draw", "again") and (not known or what == "again"):
+            before = {node: router.ledger.used(node) for node in plan.placement}
+            try:
+                route = router.draw(sequence, tokens, 5, attempt=Attempt(latest + 1), masked_nodes=nodes(*down))
+            except NoRoute:
+                assert before == {node: router.ledger.used(node) for node in plan.placement}
+                continue
+            check(route, 12)
+            assert not down & set(route.nodes)
+            for node in route.nodes:
+                alone = before[node] == 0
+                assert router.ledger.used(node) <= (room if alone else max(room * 0.8, before[node]))
+            known[latest + 1] = route
+        elif what == "prefilled" and known:
+            router.prefilled(sequence, Attempt(latest))
+        elif what == "decode" and known:
+            router.count_decode(known[latest], tokens)
+        elif what == "grow" and known:
+            over = router.ledger.grow(sequence, tokens, attempt=Attempt(latest))
+            assert set(over) == set(router.ledger.over()) & set(router.ledger.nodes_of(sequence, Attempt(latest)))
+        elif what == "release" and known:
+            router.release(sequence, attempt=Attempt(min(known)))
+            del known[min(known)]
+        elif what == "lost" and down:
+            router.ledger.forget_node(NodeId(min(down)))
+            assert router.ledger.used(NodeId(min(down))) == 0
+    for sequence, known in attempts.items():
+        for attempt in known:
+            router.release(sequence, attempt=Attempt(attempt))
+    assert router.ledger.total_used() == 0
+    assert not router.ledger.over()
+    # Nobody is in prefill any more either: two that fill the limit go at once.
+    router.draw(SequenceId(98), 50, 0)
+    router.draw(SequenceId(99), 50, 0)

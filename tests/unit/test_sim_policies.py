@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helixd.config.sections import EngineConfig
+from helixd.coordinator import admission as coordinator
 from helixd.ids import NodeId
 from helixd.plan.flow import FlowModel
 from helixd.plan.plan import Hop, Plan
@@ -18,6 +20,7 @@ from helixd.sim.meter import Report
 from helixd.sim.paper import SCHEDULERS, PaperPolicy, SimulationStopped
 from helixd.sim.script import Happening
 from helixd.sim.stage_node import StepLimits
+from helixd.worker import batcher
 from tests.unit.sim_worlds import SHORT, four_nodes, placed, timed, world
 
 BUSY = Offline(warmup_s=1.0, measure_s=6.0)
@@ -229,3 +232,23 @@ def test_a_plan_and_its_schedules_are_all_that_is_used() -> None:
     report = HelixdPolicy().run(spec, narrow, finite(10), SHORT)
     assert report.finished == 10
     assert report.nodes[NodeId("a")].batches == report.nodes[NodeId("c")].batches == 0
+
+
+def test_the_policy_counts_kv_in_the_pages_and_goes_by_the_options_of_the_daemon() -> None:
+    """What is written down twice, because the simulator may not know the coordinator."""
+    assert HelixdPolicy().kv_page_tokens == coordinator.KV_PAGE_TOKENS
+    assert HelixdPolicy().limits.prefill_turns == batcher.PREFILL_TURNS
+    assert HelixdPolicy().limits.chunk_tokens == EngineConfig().prefill_chunk_tokens
+    assert HelixdPolicy().frames
+
+
+def test_an_unknown_flow_is_refused() -> None:
+    spec, plan = four_nodes()
+    with pytest.raises(ValueError, match="flow 'best' is none of even, paths, preflow"):
+        PaperPolicy(flow="best").run(spec, plan, BUSY, SHORT)
+
+
+@pytest.mark.parametrize("flow", ["paths", "preflow"])
+def test_the_papers_scheduler_serves_by_any_max_flow(flow: str) -> None:
+    spec, plan = four_nodes(kv=4e4)
+    assert PaperPolicy(flow=flow).run(spec, plan, BUSY, SHORT).decode_tokens_per_s > 0

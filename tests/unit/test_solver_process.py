@@ -83,7 +83,8 @@ async def test_a_baseline_without_a_plan_says_why() -> None:
     homogeneous, separate = outcome.compared
     assert homogeneous.plan is not None
     assert separate.plan is None
-    assert "no type of node holds the model by itself: other, t" in separate.reason
+    assert "no type of node holds the model by itself" in separate.reason
+    assert "takes other " in separate.reason
 
 
 async def test_what_cannot_be_placed_comes_back_as_the_sentence() -> None:
@@ -197,3 +198,19 @@ def test_ctrl_c_is_the_parents_to_act_on() -> None:
     assert child.returncode == 0
     assert out
     assert err == b""
+
+
+async def test_a_process_that_cannot_be_started_is_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its program may have been replaced by an upgrade; whoever serves goes on with the plan there is."""
+    monkeypatch.setattr(process, "COMMAND", ("/nowhere/python",))
+    with pytest.raises(PlannerFailed, match="cannot be started"):
+        await solve(job())
+
+
+@pytest.mark.parametrize("time_limit_s", [1e10, 1e22])
+async def test_a_time_limit_beyond_what_an_alarm_can_be_set_to_is_no_limit(time_limit_s: float) -> None:
+    alone = cluster(equal_nodes(1, max_layers=8), 8)
+    async with asyncio.timeout(60):
+        outcome = await solve(Job(alone, time_limit_s=time_limit_s))
+    assert outcome.final
+    assert outcome.cut_off is None

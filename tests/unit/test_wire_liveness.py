@@ -1,11 +1,17 @@
 """When a peer is dead, on an invented clock."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helixd.wire.credits import CreditGate
+from helixd.wire.errors import FrameError
 from helixd.wire.liveness import ProgressWatch, RoundTrip, SilenceClock
 from helixd.wire.options import WireOptions
+from helixd.wire.upkeep import KIND_PING, Upkeep
 
 TICK_S, LIMIT_S = 0.5, 3.0
 
@@ -81,3 +87,22 @@ def test_options_that_contradict_each_other_are_refused_by_name(name: str, fits:
     WireOptions(**{name: fits})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=name):
         WireOptions(**{name: breaks})  # type: ignore[arg-type]
+
+
+async def test_the_pings_of_a_silence_that_is_allowed_may_come_all_at_once() -> None:
+    """We were stopped for nearly as long as the peer bears; it pings more often than we do."""
+    options = WireOptions(ping_interval_s=0.5, dead_after_s=60.0)
+    said: list[tuple[int, list[int]]] = []
+    gates = CreditGate(1 << 20), CreditGate(1 << 20)
+    sender: Any = SimpleNamespace(progress=0, waiting=False)
+    upkeep = Upkeep(options, *gates, sender, lambda kind, body: said.append((kind, body)))
+    for number in range(590):
+        upkeep.take(KIND_PING, [number])
+    assert [body for _, body in said] == [[number] for number in range(590)]
+
+    def flood() -> None:
+        for number in range(100_000):
+            upkeep.take(KIND_PING, [number])
+
+    with pytest.raises(FrameError, match="pings in"):
+        flood()

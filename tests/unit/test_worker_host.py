@@ -138,3 +138,21 @@ async def test_what_a_lost_session_was_loading_is_gone_before_the_next_plan_is_l
             await second
         assert host.held() == [(3, 6)]
         assert host.loading is None
+
+
+async def test_layers_that_nobody_waits_for_any_more_are_not_all_loaded() -> None:
+    """Else a daemon that is told to stop, or the next session, would wait for a whole model."""
+    async with device() as (host, _, prepare):
+        await prepare(MODEL)
+        engine: Any = host.engine
+        engine.gate.clear()
+        source: Any = None
+        load = asyncio.ensure_future(host.load(Epoch(1), LayerRange(0, 6), 100, source, lambda done, total: None))
+        await asyncio.sleep(0.01)
+        load.cancel()
+        await asyncio.wait({load})
+        engine.gate.set()
+        await host._loader.run(lambda: None)
+        assert host.held() == [(0, 1)]
+        await host.load(Epoch(2), LayerRange(0, 6), 100, source, lambda done, total: None)
+        assert host.held() == [(0, 6)]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from helixd.ids import Attempt, Epoch, SequenceId
 from helixd.layers import LayerRange
 from helixd.worker.batcher import Pass
-from helixd.worker.inbox import EARLY_AGE_S, EARLY_BYTES, Early, LocalSequence, SequenceBook
+from helixd.worker.inbox import EARLY_AGE_S, EARLY_BYTES, PARKED_BYTES, Early, LocalSequence, SequenceBook
 
 
 def a_pass(handle: int, start: int, n: int, *, sample: bool = True, arrived_s: float = 0.0) -> Pass:
@@ -155,3 +155,48 @@ def test_whatever_order_frames_come_in_an_open_attempt_gets_its_passes_in_order(
             whole = [number * 3 for number in range(4) if set(range(number + 1)) <= sent.get(key, set())]
             assert starts == whole
     assert len(book) == len(opened)
+
+
+def rows(start: int, n: int, of: memoryview) -> Pass:
+    return Pass(SequenceId(1), 0, start, n, False, 0.0, rows=of)
+
+
+def test_rows_ahead_of_their_turn_are_kept_within_bounds() -> None:
+    book = SequenceBook()
+    opened = local(7)
+    book.open(opened)
+    size = PARKED_BYTES // 4
+    for number in range(4):
+        assert book.in_order(opened, rows(1 + number, 1, memoryview(bytes(size)))) == []
+    assert book.stale_frames == 0
+    assert book.in_order(opened, rows(5, 1, memoryview(bytes(1)))) == []
+    assert book.stale_frames == 1
+    # What comes in its turn is taken, and makes room.
+    assert [item.start for item in book.in_order(opened, rows(0, 1, memoryview(bytes(size))))] == [0, 1, 2, 3, 4]
+    assert book.in_order(opened, rows(6, 1, memoryview(bytes(PARKED_BYTES)))) == []
+    assert book.stale_frames == 1
+    book.close(SequenceId(7), Attempt(0))
+    again = local(8, handle=2)
+    book.open(again)
+    assert book.in_order(again, rows(1, 1, memoryview(bytes(PARKED_BYTES)))) == []
+    assert book.open(local(8, attempt=1, handle=3)) is again
+    third = local(9, handle=4)
+    book.open(third)
+    assert book.in_order(third, rows(1, 1, memoryview(bytes(PARKED_BYTES)))) == []
+    assert book.stale_frames == 1
+
+
+def test_what_waits_does_not_keep_the_rest_of_its_frame() -> None:
+    """A frame may hold the rows of many sequences, of which one came too soon."""
+    book = SequenceBook()
+    opened = local(7)
+    book.open(opened)
+    frame = bytearray(b"12345678")
+    early = Early(Attempt(0), rows(0, 1, memoryview(frame)[:2]))
+    book.hold_early(SequenceId(9), early)
+    book.in_order(opened, rows(4, 1, memoryview(frame)[2:4]))
+    del early
+    frame += b"."  # BufferError while anything refers to it
+    (item,) = book.take_early(SequenceId(9), Attempt(0))
+    assert bytes(item.rows or b"") == b"12"
+    assert bytes(opened.parked[4].rows or b"") == b"34"

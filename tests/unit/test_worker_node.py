@@ -13,11 +13,15 @@ from helixd.errors import OutOfKv
 from helixd.ids import Epoch, NodeId, SequenceId
 from helixd.layers import LayerRange
 from helixd.protocol import messages as m
-from helixd.protocol.codec import pack_ids
+from helixd.protocol.codec import pack_ids, to_frame
 from helixd.sampling import SamplingParams, TokenLogprobs
-from helixd.worker.batcher import BatchLimits
+from helixd.wire.frames import encode_small_head
+from helixd.wire.options import WireOptions
+from helixd.worker.batcher import BatchLimits, Pass
 from helixd.worker.compute import NodeCompute
 from helixd.worker.node import NodeRuntime
+from helixd.worker.results import tokens
+from helixd.worker.steps import DrawnToken
 from helixd.worker.threads import ComputeThread
 
 HIDDEN = 2
@@ -37,6 +41,7 @@ class BookEngine:
         self.batches: list[list[StageWork]] = []
         self.full: set[int] = set()  # lengths at which there is no room
         self.kv_used_token_layers = self.kv_capacity_token_layers = 0
+        self.layers_s = 0.0
         self._last_layer = last_layer
 
     def open(self, spec: SequenceSpec) -> None:
@@ -133,11 +138,11 @@ def opening(
 
 
 @asynccontextmanager
-async def at_work(layers: LayerRange = WHOLE) -> AsyncIterator[World]:
+async def at_work(layers: LayerRange = WHOLE, max_tokens: int | None = None) -> AsyncIterator[World]:
     thread = ComputeThread("test")
     engine, mail = BookEngine(), Mailbox()
     compute = NodeCompute(engine, HIDDEN, "float32")  # type: ignore[arg-type]
-    node = NodeRuntime(NodeId("me"), thread, compute, BatchLimits(8, 16, 8), mail)
+    node = NodeRuntime(NodeId("me"), thread, compute, BatchLimits(8, 16, 8), mail, max_tokens)
     node.incarnation = 7  # type: ignore[assignment]
     node.serve_epoch(Epoch(1), layers)
     task = asyncio.create_task(node.run())
@@ -372,3 +377,28 @@ async def test_a_node_that_never_rests_still_settles() -> None:
         assert [spec.prompt_tokens for spec in world.engine.open_now.values()] == [4]
         assert node.oldest_work_age_s() > 0, "it rests"
         world.mail.to_coordinator = post  # type: ignore[method-assign]
+
+
+async def test_the_tokens_of_a_large_batch_fit_into_messages_with_all_that_may_be_asked_for() -> None:
+    async with at_work() as world:
+        best = TokenLogprobs(-1.25, tuple((150_000 + at, -1.5 - at) for at in range(20)))
+        drawn = []
+        for handle in range(1, 513):
+            world.node.on_open(*opening(1 << 40 | handle, WHOLE))
+            drawn.append(DrawnToken(Pass(SequenceId(handle), 99_999, 99_998, 1, True, 0.0), 150_000, best))
+        messages = list(tokens(world.node._book, world.node.node, drawn))
+        assert sum(len(message.drawn) for message in messages) == 512
+        for message in messages:
+            encode_small_head(message.KIND, to_frame(message).body, None, WireOptions().max_body_bytes)
+
+
+async def test_rows_that_no_context_has_are_not_kept() -> None:
+    async with at_work(LAST, max_tokens=16) as world:
+        world.node.on_open(*opening(5, LAST, prompt=16))
+        world.pass_rows(m.Part(5, 0, 17, 0, 17, False))
+        world.pass_rows(m.Part(5, 0, 17, 16, 1, False), m.Part(6, 0, 17, 16, 1, False))
+        assert world.node.stale_frames == 3
+        world.pass_rows(m.Part(5, 0, 16, 0, 16, True))
+        await world.quiet()
+        assert world.node.stale_frames == 3
+        assert world.mail.of(m.Tokens) == [m.Tokens("me", [m.Drawn(5, 0, 16, 16)])]

@@ -6,7 +6,8 @@ ids: each changes every token after it. The books are stricter than a real engin
 for is complained about, not only refused.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from helixd.engine.types import LayerTimes, SequenceSpec
@@ -18,6 +19,7 @@ from helixd.model.weights import RawTensor, WeightSource
 from helixd.sampling import SamplingParams, TokenLogprobs
 from helixd.worker.backend import FetchTensor, ModelSetup, NodeSetup
 from helixd.worker.batcher import Pass
+from helixd.worker.gauge import SpeedGauge
 from helixd.worker.steps import DrawnToken, ScoredPass, Step, StepOutcome
 from tests.vtime.loop import VirtualLoop
 
@@ -27,6 +29,7 @@ PAGE_TOKENS = 64
 LOAD_LAYER_S = 0.05
 MEASURE_S = 0.2
 STEP_S, ROW_S = 0.02, 0.0005
+TIMES = LayerTimes(((1.0, 1e-3), (256.0, 1e-2)), ((1.0, 1e-3), (64.0, 4e-3)))
 
 Complain = Callable[[str], None]
 
@@ -221,9 +224,13 @@ class HashCompute:
 
     row_bytes = ROW_BYTES
 
-    def __init__(self, loop: VirtualLoop, num_layers: int, complain: Complain) -> None:
+    def __init__(
+        self, loop: VirtualLoop, num_layers: int, complain: Complain, slowdown: Callable[[], float]
+    ) -> None:  # fmt: skip
         self.engine = HashEngine(loop, num_layers, complain)
         self._loop = loop
+        self._slowdown = slowdown
+        self._gauge = SpeedGauge(TIMES)
 
     def run(self, step: Step) -> StepOutcome:
         engine, outcome = self.engine, StepOutcome()
@@ -250,24 +257,36 @@ class HashCompute:
         for group, (items, together) in onward.items():
             packed = b"".join(row.to_bytes(ROW_BYTES, "little") for row in together)
             outcome.rows.append((group, items, memoryview(packed)))
-        self._loop.spend(STEP_S + ROW_S * rows_done)
+        work = [(engine.sequences[s.item.handle].spec.layers, s.item.n) for s in step.passes]
+        usual_s = sum(dataclasses.astuple(self._gauge.expected(work)))
+        outcome.layers_s = usual_s * self._slowdown()
+        self._loop.spend(STEP_S + ROW_S * rows_done + outcome.layers_s - usual_s)
         return outcome
 
 
 class HashBackend:
-    """A worker's `Backend` in a virtual world."""
+    """A worker's `Backend` in a virtual world. `slowdown`: of nodes that are slower now than they are measured."""
 
-    def __init__(self, loop: VirtualLoop, complain: Complain) -> None:
+    def __init__(self, loop: VirtualLoop, complain: Complain, slowdown: Mapping[str, float]) -> None:
         self._loop = loop
         self._complain = complain
+        self._slowdown = slowdown
 
     def compute(self, setup: NodeSetup, model: ModelSetup) -> HashCompute:
         self._loop.spend(0.1)
-        return HashCompute(self._loop, model.config.num_layers, lambda what: self._complain(f"{setup.node}: {what}"))
+        return HashCompute(
+            self._loop, model.config.num_layers, lambda what: self._complain(f"{setup.node}: {what}"),
+            lambda: self._slowdown.get(setup.node, 1.0),
+        )  # fmt: skip
 
     def measure(self, setup: NodeSetup, model: ModelSetup, cache: Path | None) -> LayerTimes:
         self._loop.spend(MEASURE_S)
-        return LayerTimes(((1.0, 1e-3), (256.0, 1e-2)), ((1.0, 1e-3), (64.0, 4e-3)))
+        now = self._slowdown.get(setup.node, 1.0)
+        prompt, decode = (
+            tuple((rows, seconds * now) for rows, seconds in points)
+            for points in (TIMES.prompt_layer_time_s, TIMES.decode_layer_time_s)
+        )
+        return LayerTimes(prompt, decode)
 
     def weights(self, config: DecoderConfig, fetch: FetchTensor, cache: Path | None) -> "NoWeights":
         return NoWeights()

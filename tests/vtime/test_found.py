@@ -4,13 +4,28 @@ from dataclasses import replace
 
 from helixd.ids import Epoch, NodeId
 from helixd.layers import LayerRange
+from helixd.model.safetensors_header import TensorRef
 from helixd.plan.plan import Plan
-from helixd.protocol.messages import Activations, EpochState, Hello, Part
+from helixd.protocol.codec import from_frame, to_frame
+from helixd.protocol.messages import (
+    Activations,
+    EpochPush,
+    EpochState,
+    Fetch,
+    Fetched,
+    Hello,
+    NodeHardware,
+    Part,
+)
+from helixd.protocol.versions import PROTOCOL_VERSION
+from helixd.wire.link import Frame
 from helixd.wire.memory_link import MemoryLink
+from helixd.wire.peers import PeerIdentity
 from tests.vtime.invariants import leaks, settle
+from tests.vtime.loop import Process
 from tests.vtime.model import ROW_BYTES, NoWeights
 from tests.vtime.planner import plan_of
-from tests.vtime.world import MACHINES, World, world
+from tests.vtime.world import MACHINES, PORT, ProcessEndpoint, World, world
 
 
 def test_a_worker_that_is_stopped_just_when_its_coordinator_is_lost_ends():
@@ -256,4 +271,123 @@ def test_a_session_that_ends_as_soon_as_it_begins_is_not_begun_again_without_a_p
         w.advance(30)
         assert 5 <= len(joins) < 25
         desk._on_hello = welcome
+        settle(w)
+
+
+class Zeros:
+    """A checkpoint of one large tensor."""
+
+    def ref(self, name: str) -> TensorRef:
+        return TensorRef("file", "float32", (1 << 22,), 0, 1 << 24)
+
+    def read_range(self, name: str, offset: int, length: int) -> bytearray:
+        return bytearray(length)
+
+
+def test_weights_on_their_way_to_a_worker_hold_back_nothing_else_for_it():
+    with world(1) as w:
+        w.start_worker("w0")
+        w.start_worker("w1")
+        w.advance(4)
+        heard, process = [], Process(w.loop, "fetcher")
+
+        async def hear(link: object, frame: Frame) -> None:
+            heard.append(from_frame(frame))
+
+        endpoint = ProcessEndpoint(w.network, w._identity("fetcher"), process, lambda link: hear, lambda *what: None)
+
+        async def live() -> None:
+            async with endpoint:
+                link = await endpoint.dial("hub", PORT, 5.0)
+                hardware = [NodeHardware("fetcher", "cpu", "x", 1 << 20, 1 << 20)]
+                await link.send(to_frame(Hello(PROTOCOL_VERSION, hardware, "", "fetcher", PORT, "x")))
+                for at in range(4):
+                    await link.send(to_frame(Fetch(at, "tensor", at << 20, 1 << 20)))
+                await w.loop.create_future()
+
+        w.coordinator.desk._weights._index = Zeros()
+        process.spawn(live(), "fetcher")
+        w.advance(0.5)
+        w.push(w.coordinator.epochs.active.plan)
+        w.advance(0.5)
+        # A piece takes a second on this link.
+        assert not any(isinstance(message, Fetched) for message in heard)
+        assert any(isinstance(message, EpochPush) for message in heard)
+        w.advance(8)
+        assert [message.request for message in heard if isinstance(message, Fetched)] == list(range(4))
+        w.loop.do(lambda: w.network.kill(endpoint))
+        settle(w)
+
+
+def test_layers_of_another_model_are_not_planned_with():
+    """A coordinator may come back with other weights; its workers still hold the old ones."""
+    with world(1) as w:
+        for name in ("w0", "w1"):
+            w.start_worker(name)
+        w.advance(4)
+        held = w.coordinator.epochs.holding()
+        assert held
+        w.restart_coordinator(0.0)
+        joined = lambda: len(w.coordinator.fleet.peers) == 2  # noqa: E731
+        w.wait_until(joined, 10, "they do not join again", step_s=0.01)
+        assert w.coordinator.epochs.holding() == held
+        served = w._served()
+        w._served = lambda: replace(served, weights="others")
+        w.restart_coordinator(0.0)
+        w.wait_until(joined, 10, "they do not join again", step_s=0.01)
+        assert w.coordinator.epochs.holding() == {}
+        settle(w)
+
+
+def test_a_coordinator_that_forgot_how_often_it_has_lived_is_not_taken_for_the_one_before():
+    """Its state directory may be lost; workers remember what sequences of the one before are over."""
+    with world(1) as w:
+        for name in ("w0", "w1"):
+            w.start_worker(name)
+        w.advance(4)
+        for seed in range(3):
+            w.clients.ask((1, 2, 3), 4, seed=seed)
+        w.wait_until(lambda: not w.clients.running, 10, "they do not end")
+        identity = w.hub.endpoint.identity
+        w._identity = lambda name: PeerIdentity(identity.peer, identity.incarnation)
+        w.restart_coordinator(0.5)
+        del w._identity
+        w.advance(6)
+        client = w.clients.ask((4, 5, 6), 4)
+        w.wait_until(lambda: client.outcome is not None, 5, "its route leads nowhere")
+        assert client.outcome == "finished"
+        settle(w)
+
+
+def test_a_worker_that_leaves_and_cannot_be_done_without_finishes_what_it_has():
+    with world(1) as w:
+        for name in ("w1", "w2"):
+            w.start_worker(name)
+        w.advance(4)
+        client = w.clients.ask((1, 2, 3), 100)
+        w.advance(0.5)
+        w.leave("w1")
+        w.wait_until(lambda: client.outcome is not None, 25, "it does not end")
+        assert client.outcome == "finished"
+        assert client.generation.retries == 0
+        w.wait_until(lambda: w.workers["w1"].main.done(), 1, "it is not released")
+        w.forget_left()
+        settle(w)
+
+
+def test_what_runs_on_a_leaving_worker_moves_as_soon_as_another_plan_serves():
+    with world(1) as w:
+        for name in ("w1", "w2"):
+            w.start_worker(name)
+        w.advance(4)
+        client = w.clients.ask((1, 2, 3), 100)
+        w.advance(0.5)
+        w.leave("w1")
+        w.start_worker("w4")
+        w.wait_until(lambda: w.workers["w1"].main.done(), 12, "it is not released")
+        assert client.outcome is None
+        w.wait_until(lambda: client.outcome is not None, 25, "it does not end")
+        assert client.outcome == "finished"
+        assert client.generation.retries == 1
+        w.forget_left()
         settle(w)

@@ -9,11 +9,13 @@ import typing
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helixd.errors import PeerLost
 from helixd.protocol import messages as m
+from helixd.protocol import versions
 from helixd.protocol.codec import MESSAGE_TYPES, ProtocolError, from_frame, to_frame
 from helixd.wire.link import Frame
 from tests.budget import examples
@@ -86,7 +88,7 @@ def join_as_rogue(w: World, to: str, hello: bool) -> ProcessEndpoint:
             link = await endpoint.dial(to, PORT, 5.0)
             if hello:
                 hardware = [m.NodeHardware("rogue", "cpu", "x", 1 << 20, 1 << 20)]
-                await link.send(to_frame(m.Hello(m.PROTOCOL_VERSION, hardware, "", "rogue", PORT, "x")))
+                await link.send(to_frame(m.Hello(versions.PROTOCOL_VERSION, hardware, "", "rogue", PORT, "x")))
             await w.loop.create_future()
 
     process.spawn(live(), "rogue")
@@ -143,3 +145,60 @@ def test_a_message_is_read_as_it_was_written_or_refused(message: m.Message) -> N
         assert from_frame(to_frame(message)) == message
     except ProtocolError:
         return
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [(1.0, 1e-3), (64.0, 4e-3), (64.0, 5e-3)],
+        [(64.0, 4e-3), (1.0, 1e-3)],
+        [(1.0, 5e-324), (64.0, 1e9)],
+    ],
+)
+def test_what_no_device_measures_ends_the_link_and_not_the_coordinator(points: list[tuple[float, float]]) -> None:
+    with world(3) as w:
+        w.start_worker("w0")
+        w.start_worker("w1")
+        w.advance(4)
+        endpoint = join_as_rogue(w, HUB, hello=True)
+        say(w, endpoint, HUB, m.Measured("rogue", points, points), None)
+        w.advance(5)
+        assert not endpoint.links
+        w.loop.do(lambda: w.network.kill(endpoint))
+        w.wrong[:] = [what for what in w.wrong if "logged: frame_failed" not in what or "ProtocolError" not in what]
+        settle(w)
+
+
+def test_a_worker_says_hello_once() -> None:
+    """Else the nodes of the first time would outlive its link."""
+    with world(3) as w:
+        w.start_worker("w0")
+        w.start_worker("w1")
+        w.advance(4)
+        endpoint = join_as_rogue(w, HUB, hello=True)
+        others = [m.NodeHardware("another", "cpu", "x", 1 << 20, 1 << 20)]
+        say(w, endpoint, HUB, m.Hello(versions.PROTOCOL_VERSION, others, "", "rogue", PORT, "x"), None)
+        w.advance(1)
+        w.loop.do(lambda: w.network.kill(endpoint))
+        w.advance(1)
+        assert not {"rogue", "another"} & set(w.coordinator.fleet.nodes)
+        w.coordinator.cluster_view()
+        w.wrong[:] = [what for what in w.wrong if "logged: frame_failed" not in what or "ProtocolError" not in what]
+        settle(w)
+
+
+def test_only_the_last_stage_of_a_sequence_scores_its_prompt() -> None:
+    with world(3) as w:
+        for name in ("w0", "w1", "w4"):
+            w.start_worker(name)
+        w.advance(4)
+        endpoint = join_as_rogue(w, HUB, hello=True)
+        asked = w.clients.ask(tuple(range(30)), 20, logprobs=1, score=True)
+        w.wait_until(lambda: w.coordinator.admission.running, 5, "it does not run", step_s=0.001)
+        (lease,) = w.coordinator.admission.leases()
+        wrong = [(-1.0, [(1, -1.0)])] * 29
+        say(w, endpoint, HUB, m.Scores(lease.sequence, lease.attempt, 1, wrong), None)
+        w.wait_until(lambda: asked.outcome is not None, 30, "it does not end")
+        assert asked.outcome == "finished"
+        w.loop.do(lambda: w.network.kill(endpoint))
+        settle(w)

@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 from helixd.coordinator.coordinator import Coordinator, CoordinatorOptions, ServedModel
+from helixd.coordinator.drift import DriftOptions
 from helixd.coordinator.planning import ModelSizes, PlanningOptions, build_spec
 from helixd.coordinator.replanning import ReplanOptions
 from helixd.ids import Epoch, Incarnation, NodeId, PeerId
@@ -46,7 +47,7 @@ COORDINATOR = CoordinatorOptions(
     max_batch_sequences=4, max_batch_tokens=24, prefill_chunk_tokens=16, step_s=8.0, failover_wait_s=20.0,
     probe_bytes=64 << 10, probe_timeout_s=10.0,
     planning=PlanningOptions(workload=WorkloadSpec(mean_output_tokens=4.0, min_kv_tokens=128.0)),
-    replan=ReplanOptions(settle_s=0.3, cooldown_s=5.0),
+    replan=ReplanOptions(settle_s=0.3, cooldown_s=5.0), drift=DriftOptions(hold_s=30.0),
 )  # fmt: skip
 
 MACHINES: Mapping[str, tuple[tuple[str, int], ...]] = {
@@ -121,6 +122,7 @@ class World:
         self.highest_active = Epoch(0)
         self.clients = Clients(self)
         self.weights_loaded: dict[str, int] = {}
+        self.slowdown: dict[str, float] = {}
         self._lives = 0
         self._config = decoder(NUM_LAYERS)
         self._sizes = ModelSizes.of(self._config, "float32")
@@ -147,7 +149,7 @@ class World:
 
         setups = [self._setup(node, layers) for node, layers in MACHINES[name]]
         options = WorkerOptions(advertise=name, port=PORT, status_interval_s=2.0)
-        backend = HashBackend(self.loop, self.complain)
+        backend = HashBackend(self.loop, self.complain, self.slowdown)
         worker = process.context().run(Worker, endpoint, connect, setups, options, backend)
         parts.append(worker)
 
@@ -209,6 +211,11 @@ class World:
             self._did(f"cont {name}")
             self.workers[name].process.cont()
             self._apply_cuts()
+
+    def slow(self, node: str, factor: float) -> None:
+        """The node takes so many times longer than it was measured to."""
+        self._did(f"slow {node} {factor}", disturbs=False)
+        self.slowdown[node] = factor
 
     # -- the network -------------------------------------------------------------------------------------------------
 

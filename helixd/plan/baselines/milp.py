@@ -22,7 +22,10 @@ def place(holding: Holding, seed: int, time_limit_s: float) -> Layout:
     spec, num_layers = holding.spec, holding.num_layers
     nodes = [node for node in holding.usable() if holding.options(node.id)]
     if len(nodes) > MAX_NODES:
-        raise Infeasible(f"{len(nodes)} nodes are too many for this program, which takes {MAX_NODES}")
+        raise Infeasible(
+            f"{len(nodes)} nodes are too many for the paper's program, which is taken for {MAX_NODES} at most: beyond "
+            "that HiGHS finds no plan with any flow in ten minutes"
+        )
     flows = FlowModel(spec)
     program = Program()
     start: dict[NodeId, int] = {}

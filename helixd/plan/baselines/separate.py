@@ -24,7 +24,12 @@ def place(holding: Holding, seed: int, time_limit_s: float) -> Layout:
             placement |= pipeline
             groups.append(list(pipeline))
     if not groups:
-        raise Infeasible("no type of node holds the model by itself: " + ", ".join(sorted(types)))
+        rooms = {name: sum(holding.max_layers(node.id) for node in nodes) for name, nodes in types.items()}
+        held = ", ".join(f"{name} {rooms[name]}" for name in sorted(rooms))
+        raise Infeasible(
+            f"no type of node holds the model by itself, as separate pipelines need: of {holding.num_layers} layers "
+            f"the memory of all its nodes takes {held}"
+        )
     return Layout(placement, within_groups(holding.spec.links, groups))
 
 
