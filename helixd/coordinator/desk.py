@@ -202,7 +202,7 @@ class WorkerDesk:
                 return wrong
         elif hello.fingerprint:
             logs.event(log, logging.WARNING, "weights_not_compared", software=hello.software, protocol=version)
-        if who == COORDINATOR:
+        if who == PeerId(COORDINATOR):
             # In facts about links and in plans this name is the coordinator's, whatever its own id is.
             return m.Refused("node_id", f"no worker can be called {COORDINATOR!r}; give it another node.id", True)
         names = [hardware.node for hardware in hello.nodes]
