@@ -38,15 +38,15 @@ class Rules:
     them overtakes, not even at the next stage.
     """
 
-    chunk_tokens: float = 256.0
-    max_batch: float = 64.0
-    kv_mark: float = 0.85
+    chunk_tokens: float = 128.0
+    max_batch: float = 512.0
+    kv_mark: float = 0.95
     convoy: bool = False
 
 
 HELIXD = Rules()
 # The published artifact: first come, first served, prompts whole. See its description in the simulator.
-PAPER = Rules(chunk_tokens=math.inf, max_batch=math.inf, convoy=True)
+PAPER = Rules(chunk_tokens=math.inf, max_batch=math.inf, kv_mark=0.85, convoy=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +223,8 @@ class _Model:
             return None
         mean_s = decodes_s + with_chunk * chunk_s
         square = (1 - with_chunk) * decodes_s**2 + with_chunk * (decodes_s + chunk_s) ** 2
-        # What is left of the running step; tokens that come in bunches meet the bunch before them.
-        wait_s = busy * square / (2 * mean_s) * (1 + visit.bunched)
+        # What is left of the running step; tokens that come in one frame from one node find this one done with the last.
+        wait_s = busy * square / (2 * mean_s) * (1 - visit.bunched)
         queue_s = with_chunk / (1 - with_chunk) * mean_s / 2
         return mean_s + wait_s, mean_s + wait_s + queue_s, mean_s, 0.0
 
