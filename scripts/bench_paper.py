@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -76,6 +76,7 @@ OFFLINE = (
 ONLINE = ((SINGLE, 700.0, 2.64, 0.98), (DISTRIBUTED, 320.0, 5.79, 0.93), (MIXED, 2150.0, 2.09, 0.73))
 # Plans that are simulated, briefly, to choose one for policy paper.
 TRIED, TRIED_S = 8, 150.0
+SHORTLY = Offline(warmup_s=120.0, measure_s=240.0)
 
 
 def fidelity(inputs: Inputs) -> Iterator[Row]:
@@ -96,11 +97,17 @@ def fidelity(inputs: Inputs) -> Iterator[Row]:
         pushed = sorted(found[2:])
         if pushed:
             shown += f" / {median(pushed):.1f} ({pushed[0]:.1f} to {pushed[-1]:.1f}, {len(pushed)} flows)"
-        figures = {"published": published, "nearest": nearest, "least": min(found), "most": max(found)}
-        figures["median"] = median(found)
+        figures = {
+            name: round(value, 2)
+            for name, value in (
+                ("published", published), ("nearest", nearest), ("least", min(found)), ("median", median(found)),
+                ("most", max(found)),
+            )
+        }  # fmt: skip
         yield Row(
             cluster, Path(path).stem, f"{published:.1f}", f"{shown}; {nearest / published - 1:+.1%}",
-            abs(nearest / published - 1) <= 0.05, {**figures, "flows": len(found), "plan": drawn(spec, plan)},
+            abs(nearest / published - 1) <= 0.05,
+            {**figures, "flows": len(found)} | ({"plan": drawn(spec, plan)} if path.endswith("helix.json") else {}),
         )  # fmt: skip
 
 
@@ -168,7 +175,7 @@ def offline(inputs: Inputs) -> Iterator[Row]:
             ours = report.decode_tokens_per_s
             note = f"{ours:.1f} = {ours / published:.2f} x (floor {floor:.0f}, aim {aim:.0f}), {waits(report)}"
             name = f"{cluster}, {depth(spec, plan):.0f} stages" + (", direct feedback" if feedback else "")
-            figures = {"published": published, "plan": drawn(spec, plan), **served(report)}
+            figures = {"published": published, **served(report)} | ({} if feedback else {"plan": drawn(spec, plan)})
             yield Row(cluster, name, f"{published:.1f}", note, ours >= floor, figures)
 
 
@@ -190,11 +197,13 @@ def online(inputs: Inputs) -> Iterator[Row]:
 
 
 def baselines(inputs: Inputs) -> Iterator[Row]:
-    """Policy helixd: what planning and routing give on their own, against others' placements and others' routing."""
+    """Policy helixd: what planning and routing give on their own, against others' placements and others' routing;
+    240 s after 120 s.
+    """
     for cluster in inputs.clusters:
         spec = inputs.cluster(cluster)
         plan = our_plan(spec)
-        report = HelixdPolicy().run(spec, plan, Offline(), inputs.lengths, seed=inputs.seed)
+        report = HelixdPolicy().run(spec, plan, SHORTLY, inputs.lengths, seed=inputs.seed)
         ours = report.decode_tokens_per_s
         yield Row(cluster, f"{cluster}, helixd", "-", f"{ours:.1f}", figures=served(report))
         for name in BASELINES:
@@ -213,7 +222,7 @@ def row_against(
     name: str, policy: HelixdPolicy, plan: Plan, spec: ClusterSpec, inputs: Inputs, ours: float
 ) -> Row:  # fmt: skip
     """A baseline's row: what it serves, and how much more ours does."""
-    report = policy.run(spec, plan, Offline(), inputs.lengths, seed=inputs.seed)
+    report = policy.run(spec, plan, SHORTLY, inputs.lengths, seed=inputs.seed)
     theirs = report.decode_tokens_per_s
     shown = f"{theirs:.1f}: " + (f"ours {ours / theirs:.2f} x" if theirs else "nothing")
     return Row(spec.name, name, "-", shown, figures=served(report))
@@ -234,12 +243,24 @@ RUN: dict[str, Section] = {
 
 
 def save(path: Path, section: str, cluster: str, rows: list[Row]) -> None:
-    """Keep a section's rows of one cluster in a JSON file, beside what else it has."""
+    """Keep a section's rows of one cluster in a JSON file, a line each, beside what else it has."""
     data = json.loads(path.read_text()) if path.exists() else {}
     data.setdefault(section, {})[cluster] = [
         {"name": row.name.strip(), "good": row.good, "shown": row.ours, **row.figures} for row in rows
     ]
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    path.write_text(lines_of(data))
+
+
+def lines_of(data: Mapping[str, Mapping[str, list[object]]]) -> str:
+    """The file's text."""
+    sections: list[str] = []
+    for section in [name for name in RUN if name in data]:
+        clusters = [
+            f"  {json.dumps(cluster)}: [\n" + ",\n".join(f"   {json.dumps(row)}" for row in rows) + "\n  ]"
+            for cluster, rows in sorted(data[section].items(), key=lambda item: CLUSTERS.index(item[0]))
+        ]
+        sections.append(f" {json.dumps(section)}: {{\n" + ",\n".join(clusters) + "\n }")
+    return "{\n" + ",\n".join(sections) + "\n}\n"
 
 
 def main() -> int:

@@ -17,8 +17,9 @@ from helixd.plan.spec import COORDINATOR, ClusterSpec
 
 OBJECTIVES = ("throughput", "max-flow", "latency")
 
-# Of two plans this close the one with the faster token for a lone request is taken: fewer stages, nearer ones.
-_SAME = 0.03
+# Of two plans this close the one with the faster token for a lone request is taken: fewer stages, nearer ones. A
+# prediction is off by some 12 % from what is simulated, and deep plans are the ones that fall short of theirs.
+_SAME = 0.13
 # What is given up, unasked, for keeping a pipeline when any one node is lost: a share of the best predicted throughput;
 # in a small cluster, where the loss of a node is the end of service, a larger share of throughput or of flow.
 _SURVIVAL_PRICE, _SURVIVAL_PRICE_SMALL = 0.1, 0.35

@@ -18,6 +18,7 @@ from helixd.exits import Exit
 from tests.chaos.asker import Asked, Question
 from tests.chaos.streams import until
 from tests.daemons import Daemons
+from tests.faults.proxy import ChaosProxy
 
 HUB = "coordinator"
 WAITS_S = (0.0, 0.02, 0.1, 0.3, 1.0, 2.0)
@@ -31,19 +32,25 @@ CLIENTS_S = 90.0
 
 
 class Storm:
-    """Steps are taken with `step`; `settle` undoes every fault and checks. `workers`: their arguments by name."""
+    """Steps are taken with `step`; `settle` undoes every fault and checks.
+
+    `workers`: their arguments by name. `lines`: what leads each of them to the coordinator.
+    """
 
     def __init__(
-        self, made: Daemons, workers: dict[str, list[str]], questions: Sequence[Question], seed: int
+        self, made: Daemons, workers: dict[str, list[str]], lines: dict[str, ChaosProxy], questions: Sequence[Question],
+        seed: int,
     ) -> None:  # fmt: skip
         self.made = made
         self.clients: list[Asked] = []
         self.did: Counter[str] = Counter()
         self._workers = workers
+        self._lines = lines
         self._questions = questions
         self._draw = random.Random(seed)
         self._log: list[str] = []
         self._stopped: set[str] = set()
+        self._cut: set[str] = set()
         self._leaving: set[str] = set()
         self._life = 0
         self._faults = 0
@@ -64,7 +71,8 @@ class Storm:
     def _step(self) -> None:
         self._reap()
         steps = [self._submit] * 8 + [self._cancel] * 3 + [self._join] * 4 + [self._kill] * 3 + [self._stop] * 2
-        steps += [self._cont] * 2 + [self._leave] * 2 + [self._restart_coordinator]
+        steps += [self._cont] * 2 + [self._leave] * 2 + [self._partition] * 2 + [self._heal] * 2
+        steps += [self._restart_coordinator]
         before = self.did.total()
         while self.did.total() == before:
             self._draw.choice(steps)()
@@ -112,6 +120,19 @@ class Storm:
             self._leaving.add(name)
             self._did("leave", name, fault=True)
 
+    def _partition(self) -> None:
+        if name := self._victim():
+            line, ways = self._lines[name], self._draw.choice(("both ways", "there", "back"))
+            line.there.blocked, line.back.blocked = ways != "back", ways != "there"
+            self._cut.add(name)
+            self._did("partition", f"{name}, {ways}", fault=True)
+
+    def _heal(self) -> None:
+        if self._cut:
+            name = self._draw.choice(sorted(self._cut))
+            self._connect(name)
+            self._did("heal", name)
+
     def _restart_coordinator(self) -> None:
         self._life += 1
         self.made.all[HUB].kill()
@@ -142,6 +163,8 @@ class Storm:
         self._note("settle")
         for name in sorted(self._stopped):
             self._go_on(name)
+        for name in sorted(self._lines):
+            self._connect(name)
         until(lambda: not self._reap(), "those that leave to be gone", STEADY_S)
         for name in sorted(self._workers):
             if name not in self.made.all or self.made.all[name].process.poll() is not None:
@@ -189,7 +212,7 @@ class Storm:
     # -- helpers -----------------------------------------------------------------------------------------------------
 
     def _victim(self) -> str | None:
-        able = sorted(set(self.made.all) - {HUB} - self._stopped - self._leaving)
+        able = sorted(set(self.made.all) - {HUB} - self._stopped - self._leaving - self._cut)
         nodes = self._nodes() or set()
         if len(able) <= ENOUGH or (len(nodes & set(able)) <= ENOUGH and self._draw.random() < SPARED):
             return None
@@ -216,6 +239,10 @@ class Storm:
     def _go_on(self, name: str) -> None:
         self.made.all[name].signal(signal.SIGCONT)
         self._stopped.discard(name)
+
+    def _connect(self, name: str) -> None:
+        self._lines[name].heal()
+        self._cut.discard(name)
 
     def _look(self) -> None:
         """[I8] An epoch only rises, over restarts of the coordinator too; nobody ends by itself."""

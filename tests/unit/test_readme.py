@@ -10,6 +10,7 @@ import pytest
 
 from helixd.cli import build_parser, main
 from helixd.commands.plan import build_parser as build_plan_parser
+from helixd.commands.simulate import build_parser as build_simulate_parser
 from helixd.config import ConfigErrors, load
 from helixd.config.load import SCHEMA
 from helixd.exits import Exit
@@ -30,7 +31,7 @@ def commands() -> list[list[str]]:
 
 
 def test_helixd_command_lines_parse() -> None:
-    lines = [words for words in commands() if words[0] == "helixd" and words[1:2] != ["plan"]]
+    lines = [words for words in commands() if words[0] == "helixd" and not {"plan", "simulate"} & set(words[1:2])]
     assert len(lines) >= 6
     for words in lines:
         arguments = build_parser().parse_args(words[1:])
@@ -52,8 +53,21 @@ def test_plans_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         assert text in printed.out
 
 
+def test_simulate_command_lines_parse_and_a_plan_made_on_the_way_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [words[2:] for words in commands() if words[:2] == ["helixd", "simulate"]]
+    assert len(lines) >= 3
+    for words in lines:
+        build_simulate_parser().parse_args(words)
+    [lab] = [text for text in blocks("toml") if "helixd-cluster/1" in text]
+    (tmp_path / "lab.toml").write_text(lab)
+    monkeypatch.chdir(tmp_path)
+    assert main(["simulate", *lines[0], "--warm-up", "1", "--measure", "5"]) == 0
+
+
 def test_flags_in_the_text_exist() -> None:
-    parsers = (build_parser(), build_plan_parser())
+    parsers = (build_parser(), build_plan_parser(), build_simulate_parser())
     flags = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     for file in ("scripts/quickstart", "scripts/bench_serve.py", "tests/conftest.py"):
         flags |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / file).read_text(encoding="utf-8")))
