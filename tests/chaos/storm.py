@@ -13,6 +13,7 @@ import urllib.error
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from helixd.exits import Exit
 from tests.chaos.asker import Asked, Question
@@ -25,7 +26,7 @@ WAITS_S = (0.0, 0.02, 0.1, 0.3, 1.0, 2.0)
 ENOUGH = 2
 """Workers that can hold all layers: no step leaves fewer processes."""
 SPARED = 0.8
-"""How often nobody is hit while just enough have joined: processes take long to start, and somebody is to be served."""
+"""How often nobody is hit while little is left: processes take long to start, and somebody is to be served."""
 STEADY_S = 180.0
 """Everything that was started has joined, is measured and planned with: most of it is the start of processes."""
 CLIENTS_S = 90.0
@@ -134,13 +135,15 @@ class Storm:
             self._did("heal", name)
 
     def _restart_coordinator(self) -> None:
+        if self._spared(set(self._workers)):
+            return
         self._life += 1
         self.made.all[HUB].kill()
         self._life += 1
         self._did("restart coordinator", fault=True)
         time.sleep(self._draw.choice((0.0, 0.5)))
         self.made.restart(HUB)
-        until(lambda: self._nodes() is not None, "the coordinator to answer", STEADY_S)
+        until(lambda: self._view() is not None, "the coordinator to answer", STEADY_S)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -213,15 +216,21 @@ class Storm:
 
     def _victim(self) -> str | None:
         able = sorted(set(self.made.all) - {HUB} - self._stopped - self._leaving - self._cut)
-        nodes = self._nodes() or set()
-        if len(able) <= ENOUGH or (len(nodes & set(able)) <= ENOUGH and self._draw.random() < SPARED):
+        if len(able) <= ENOUGH or self._spared(set(able)):
             return None
         return self._draw.choice(able)
 
-    def _nodes(self) -> set[str] | None:
-        """The workers that have joined; None while no coordinator answers."""
+    def _spared(self, able: set[str]) -> bool:
+        """Whether nothing is to break now: little is left to break."""
+        view = self._view()
+        nodes = set() if view is None else {node["id"] for node in view["nodes"]}
+        little = view is None or not view["ready"]["ready"] or len(nodes & able) <= ENOUGH
+        return little and self._draw.random() < SPARED
+
+    def _view(self) -> Any:
+        """What the coordinator shows; None while it does not answer."""
         try:
-            return {node["id"] for node in self.made.get("/cluster")["nodes"]}
+            return self.made.get("/cluster")
         except (OSError, urllib.error.HTTPError):
             return None
 
@@ -249,13 +258,10 @@ class Storm:
         for name, daemon in self.made.all.items():
             status = daemon.process.poll()
             assert status is None or name in self._leaving, f"{name} ended: {status}\n{daemon.text[-3000:]}"
-        try:
-            epoch = self.made.get("/cluster")["epoch"]
-        except (OSError, urllib.error.HTTPError):
-            return
-        if epoch is not None:
-            assert epoch >= self._epoch, f"epoch {epoch} comes after {self._epoch}"
-            self._epoch = epoch
+        view = self._view()
+        if view is not None and view["epoch"] is not None:
+            assert view["epoch"] >= self._epoch, f"epoch {view['epoch']} comes after {self._epoch}"
+            self._epoch = view["epoch"]
 
     def _did(self, what: str, which: str = "", fault: bool = False) -> None:
         self.did[what] += 1
