@@ -19,8 +19,9 @@ from helixd.route.ledger import KvLedger
 Link = tuple[NodeId, NodeId]
 _FIRST = Attempt(0)
 
-SLACK_TOKENS = 32_000.0
-"""How far, in tokens, a hop may be ahead of its share of flow for the sake of a shorter wait."""
+SLACK_TOKENS = 4_000.0
+"""How far, in tokens, a hop may be ahead of its share of flow for the sake of a shorter wait: a few prompts. With much
+more, what is fast gets everything, and next tokens wait there for the prompts."""
 
 PREFILL_LIMIT_TOKENS = 16_384
 """More prompts in prefill at once than this serve nobody sooner: every stage of the pipelines has its chunk by then."""
