@@ -8,9 +8,10 @@ time in flight; the largest rate that satisfies this, and that no node and no li
 T(j) is not a limit here: it is what a node carries at the batches its KV room gives at one assumed load (see
 `helixd.plan.profile`), and nodes do run faster where batches are larger. Links and NICs are limits.
 
-Rules of serving come in as `Rules`. The weights of bunching and of the tightest node were chosen on twelve placements
-of the published clusters, where the figure is within 25 % of an event model of helixd's rules and ranks them the same.
-It is rougher for the paper's rules: there it misplaces the published Helix plans of single24 and heterogeneous42.
+Rules of serving come in as `Rules`. The weights of bunching and of the tightest node were chosen on some thirty
+placements of each published cluster: there the figure ranks them as the simulator does (rank correlation 0.9, see
+scripts/bench_predict.py) and scatters by 12 % about it; chains near their max flow fall most short of theirs. It is
+rougher for the paper's rules: there it misplaces the published Helix plans of single24 and heterogeneous42.
 """
 
 import math
@@ -223,7 +224,7 @@ class _Model:
             return None
         mean_s = decodes_s + with_chunk * chunk_s
         square = (1 - with_chunk) * decodes_s**2 + with_chunk * (decodes_s + chunk_s) ** 2
-        # What is left of the running step; tokens that come in one frame from one node find this one done with the last.
+        # What is left of the running step; what comes in one frame from one node finds this one done with the last.
         wait_s = busy * square / (2 * mean_s) * (1 - visit.bunched)
         queue_s = with_chunk / (1 - with_chunk) * mean_s / 2
         return mean_s + wait_s, mean_s + wait_s + queue_s, mean_s, 0.0

@@ -46,7 +46,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         (home / "helixd.toml").write_text(pins)
         made.coordinator(
             path, "--config", str(home / "helixd.toml"), *timers, "--set", "cluster.timers.failover_wait=20s",
-            "--set", f"planner.wait_for_nodes={WORKERS}", "--set", "planner.replan_cooldown=2s",
+            "--set", "planner.wait_for_nodes=2", "--set", "planner.replan_cooldown=2s",
             "--set", "planner.time_limit=2s",
         )  # fmt: skip
         host, port = made.peers.split(":")
