@@ -218,7 +218,7 @@ def completion(made: Daemons, prompt: Sequence[int], max_tokens: int, **fields: 
 
 
 class Stream:
-    """A streamed completion read with the standard library.
+    """A streamed completion read with the standard library, piece by piece: chunks of one or more tokens.
 
     `gaps_s`: how long each piece but the first was waited for. `silences_s`: the same for each line, comments too.
     """
@@ -233,6 +233,7 @@ class Stream:
         self.route = self.answer.headers.get("x-helixd-route", "")
         self.text = ""
         self.pieces = 0
+        self.tokens = 0
         self.error: dict[str, Any] | None = None
         self.done = False
         self.reason: str | None = None
@@ -270,8 +271,10 @@ class Stream:
                 self.gaps_s.append(now_s - self._piece_s)
             self._piece_s = now_s
             self.pieces += 1
-            self.text += chunk["choices"][0]["text"]
-            self.reason = chunk["choices"][0]["finish_reason"] or self.reason
+            choice = chunk["choices"][0]
+            self.tokens += len((choice.get("logprobs") or {}).get("tokens", ()))
+            self.text += choice["text"]
+            self.reason = choice["finish_reason"] or self.reason
         self.ended_s = time.monotonic()
         return self
 

@@ -104,3 +104,5 @@ def parse_toml(text: str, path: Path) -> object:
         if not line.isdigit():  # "at end of document"
             line = str(len(text.splitlines()) or 1)
         raise CommandFailed(f"{path}:{line}: not valid TOML: {before or error}", Exit.BAD_DATA) from error
+    except (ValueError, RecursionError) as error:
+        raise CommandFailed(f"{path}: is not TOML that can be read: {error}", Exit.BAD_DATA) from error

@@ -70,7 +70,7 @@ def _summary(found: Report) -> RenderableType:
     if found.load_bytes is not None:
         moved = [row for row in found.rows if row.load_bytes]
         text = (
-            f"{len(moved)} nodes load {size(found.load_bytes)}{_loading(found)}"
+            f"{len(moved)} node{'s load' if len(moved) > 1 else ' loads'} {size(found.load_bytes)}{_loading(found)}"
             if moved
             else "nothing: every node keeps what it holds"
         )

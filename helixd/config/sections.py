@@ -130,7 +130,8 @@ class ClusterTimers:
     step_s: float = key(
         60.0,
         kinds.duration(),
-        "Longest one step of a sequence may take before its route is given up. On a worker: a device whose step takes"
+        "Longest one step of a sequence may take before its route is given up, for each 512 tokens of prompts that are"
+        " computed first, its own among them. On a worker: a device whose step takes"
         " longer, and far longer than its others, hangs.",
     )
     failover_wait_s: float = key(

@@ -239,10 +239,11 @@ class Admission:
         attempt = Attempt(run.attempts)
         expected = self._lengths.expect(max(1, run.max_tokens), emitted=len(run.text.ids))
         reserved = _whole_pages(run.tokens + expected)
+        ahead_tokens = self._router.prefill_tokens
         route: Route = self._router.draw(
             run.id, run.tokens, reserved - run.tokens, attempt=attempt, masked_nodes=nodes, masked_links=links
         )
-        return Lease(run.id, attempt, self._epoch, route)
+        return Lease(run.id, attempt, self._epoch, route, ahead_tokens)
 
     def _is_hopeless(self, waiter: _Waiter, error: NoRoute) -> bool:
         now = time.monotonic()

@@ -144,7 +144,7 @@ class WorkerDesk:
             raise ProtocolError(f"{link.peer} said hello twice; what it offers is known once and for all")
         outbox = Outbox(link, lambda: None)
         self._senders[link] = [self._tasks.create_task(outbox.run(), name=f"send to {link.peer}")]
-        wrong = self._why_not(hello, digests)
+        wrong = self._why_not(link.peer, hello, digests)
         old = self._fleet.peers.get(link.peer)
         if wrong is None and old is not None and old.link is not link:
             self.on_lost(old.link, "a newer life of this worker joined")
@@ -177,7 +177,7 @@ class WorkerDesk:
         for sender in self._senders.pop(link, ()):
             sender.cancel()
 
-    def _why_not(self, hello: m.Hello, digests: bytes) -> m.Refused | None:
+    def _why_not(self, who: PeerId, hello: m.Hello, digests: bytes) -> m.Refused | None:
         welcome, _ = self._greeting()
         oldest = hello.oldest or hello.protocol
         version = versions.common_version(hello.protocol, oldest)
@@ -202,6 +202,9 @@ class WorkerDesk:
                 return wrong
         elif hello.fingerprint:
             logs.event(log, logging.WARNING, "weights_not_compared", software=hello.software, protocol=version)
+        if who == PeerId(COORDINATOR):
+            # In facts about links and in plans this name is the coordinator's, whatever its own id is.
+            return m.Refused("node_id", f"no worker can be called {COORDINATOR!r}; give it another node.id", True)
         names = [hardware.node for hardware in hello.nodes]
         if len(set(names)) < len(names) or COORDINATOR in names or "" in names:
             return m.Refused(

@@ -27,12 +27,16 @@ PREEMPTIONS = frozenset({"preempted", "kv_full", "draining", "moved"})
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A route that is reserved for one attempt of a sequence, in one epoch's plan."""
+    """A route that is reserved for one attempt of a sequence, in one epoch's plan.
+
+    `ahead_tokens`: of other prompts, which were being computed when it was drawn; they come first.
+    """
 
     sequence: SequenceId
     attempt: Attempt
     epoch: Epoch
     route: Route
+    ahead_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +217,7 @@ class SequenceRun:
         ids = (*self.prompt, *self.text.ids)
         self._open(lease, ids)
         self._feed(lease, 0, ids)
-        rows = len(ids)
+        rows = lease.ahead_tokens + len(ids)
         while self._unfinished:
             match await self._next(lease, rows):
                 case Broken(code=code, reason=reason):

@@ -128,10 +128,11 @@ def _template_source(model_dir: Path) -> str | None:
             raise ModelError(f"{model_dir / 'chat_template.jinja'} is not UTF-8: {error}") from error
     template = (read_json_object(model_dir, "tokenizer_config.json") or {}).get("chat_template")
     if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
+        named = [(item.get("name"), item.get("template")) for item in template if isinstance(item, dict)]
+        template = next((text for name, text in named if name == "default"), None)
         if template is None:
-            raise ModelError(f"{model_dir}: chat_template names {sorted(map(str, named))}, none of them 'default'")
+            names = sorted(str(name) for name, _ in named)
+            raise ModelError(f"{model_dir}: chat_template names {names}, none of them 'default'")
     if template is not None and not isinstance(template, str):
         raise ModelError(f"{model_dir}: chat_template must be a string or a list of named templates")
     return template

@@ -28,6 +28,8 @@ _KNOWN_KEYS = {
     "mscale_all_dim",
     "truncate",
 }
+# Beyond these, frequencies and lengths are no numbers any more.
+_MOST_FACTOR, _MOST_THETA = 1e6, 1e30
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 
 
@@ -73,6 +75,9 @@ def _parse(top: Fields, family: Family, head_dim: int, given: dict[str, object],
     if strangers:
         raise rope.refuse(strangers[0], ", ".join(sorted(_KNOWN_KEYS)))
     theta = rope.optional_number("rope_theta") or top.number(theta_key)
+    if not 1 < theta <= _MOST_THETA:
+        own = rope.raw("rope_theta") is not None
+        raise (rope if own else top).refuse("rope_theta" if own else theta_key, f"above 1, up to {_MOST_THETA:g}")
     rotary_dim = _rotary_dim(top, rope, family, head_dim)
     stated = top.integer("max_position_embeddings")
     original = (
@@ -81,11 +86,11 @@ def _parse(top: Fields, family: Family, head_dim: int, given: dict[str, object],
         or stated
     )
     if kind == "linear":
-        return RopeSpec(theta, rotary_dim, "linear", factor=rope.number("factor"))
+        return RopeSpec(theta, rotary_dim, "linear", factor=_factor(rope))
     if kind == "dynamic":
         if rotary_dim <= 2:
             raise ModelError(f"config.json: {name}: dynamic scaling needs more than 2 rotated dimensions")
-        return RopeSpec(theta, rotary_dim, "dynamic", factor=rope.number("factor"), original_max_positions=stated)
+        return RopeSpec(theta, rotary_dim, "dynamic", factor=_factor(rope), original_max_positions=stated)
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if high <= low:
@@ -94,13 +99,13 @@ def _parse(top: Fields, family: Family, head_dim: int, given: dict[str, object],
             theta,
             rotary_dim,
             "llama3",
-            factor=rope.number("factor"),
+            factor=_factor(rope),
             original_max_positions=original,
             low_freq_factor=low,
             high_freq_factor=high,
         )
     if kind == "yarn":
-        factor = rope.optional_number("factor") or stated / original
+        factor = stated / original if rope.raw("factor") is None else _factor(rope)
         return RopeSpec(
             theta,
             rotary_dim,
@@ -113,6 +118,13 @@ def _parse(top: Fields, family: Family, head_dim: int, given: dict[str, object],
             truncate=given.get("truncate") is None or rope.flag("truncate"),
         )
     return RopeSpec(theta, rotary_dim)
+
+
+def _factor(rope: Fields) -> float:
+    factor = rope.number("factor")
+    if factor > _MOST_FACTOR:
+        raise rope.refuse("factor", f"up to {_MOST_FACTOR:g}")
+    return factor
 
 
 def _rotary_dim(top: Fields, rope: Fields, family: Family, head_dim: int) -> int:

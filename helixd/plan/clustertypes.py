@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 from helixd.plan.filetable import ClusterFileError, Table
-from helixd.plan.hardware import HARDWARE, Hardware, find_hardware
+from helixd.plan.hardware import HARDWARE, Hardware, find_hardware, near_names
 from helixd.plan.profile import NodeMeasurement, TypeTimes, derive_throughput, kv_rooms
 from helixd.plan.roofline import estimate
 from helixd.plan.spec import BatchLimits, LayerWork, ModelSpec, NodeProfile, WorkloadSpec
@@ -144,7 +144,9 @@ def _hardware(table: Table) -> Hardware:
 
 
 def _unknown_hardware(table: Table, name: str) -> NoReturn:
-    table.fail("hardware", f"{name!r} is not in the table of datasheets; known: {', '.join(HARDWARE)}")
+    near = near_names(name)
+    meant = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(HARDWARE)}"
+    table.fail("hardware", f"{name!r} is not in the table of datasheets; {meant}")
 
 
 def _measured(table: Table, name: str, model: ModelSpec) -> NodeProfile:

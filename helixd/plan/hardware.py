@@ -7,6 +7,8 @@ operations per cycle (16 FP32 lanes of AVX-512 are 32 operations per unit, an AM
 here was measured: four devices were held against published layer times (see `helixd.plan.roofline`).
 """
 
+import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -130,12 +132,39 @@ _ALL = (
 
 HARDWARE: Mapping[str, Hardware] = {found.name: found for found in _ALL}
 
-_KEYS = {"".join(name.lower().split()).replace("-", ""): found for name, found in HARDWARE.items()}
+# What systems add to a name that tells no two devices of the table apart: vendor, line, board, kind of memory.
+_ADDED = re.compile(
+    r"\b(nvidia|amd|apple|intel|geforce|tesla|radeon|instinct|platinum|generation|processor|cpu|sxm\d?|hbm\de?)\b"
+    r"|\b\d+-core\b|\(r\)|\(tm\)"
+)
+_SIZE = re.compile(r"(\d+) ?gb\b")
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", _ADDED.sub(" ", name.lower()))
+
+
+_KEYS = {_key(name): found for name, found in HARDWARE.items()}
 
 
 def find_hardware(name: str) -> Hardware | None:
-    """The device called `name`, whatever its spaces, hyphens, case and vendor's prefix; None if it is not known."""
-    key = "".join(name.lower().split()).replace("-", "")
-    for prefix in ("nvidia", "amd", "apple", "intel", "geforce", "tesla", "radeon"):
-        key = key.removeprefix(prefix)
-    return _KEYS.get(key)
+    """The device called `name`, as people write it or as its system prints it; None if it is not known.
+
+    A board or an amount of memory that the table does not tell apart may be part of the name, another amount not.
+    """
+    lower = name.lower()
+    for spelled in (lower, re.sub(r"\bpcie\b", " ", lower)):
+        if (found := _KEYS.get(_key(spelled))) is not None:
+            return found
+    size = _SIZE.search(lower)
+    found = _KEYS.get(_key(_SIZE.sub(" ", lower))) if size is not None else None
+    return found if size is not None and found is not None and found.memory_bytes == int(size[1]) * 1e9 else None
+
+
+def near_names(name: str) -> list[str]:
+    """Up to four names of the table that may be meant by one that is not in it."""
+    names = {key: found.name for key, found in _KEYS.items()}
+    key = _key(name)
+    begun = [names[known] for known in names if key and (known.startswith(key) or key.startswith(known))]
+    alike = [names[known] for known in difflib.get_close_matches(key, names, n=4, cutoff=0.75)]
+    return list(dict.fromkeys(begun[:4] + alike))[:4]

@@ -88,6 +88,11 @@ class Router:
         self._prefill_tokens = 0
         self._prefill_limit_tokens = prefill_limit_tokens
 
+    @property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens that are in prefill now, on all routes."""
+        return self._prefill_tokens
+
     def draw(
         self,
         sequence: SequenceId,

@@ -15,13 +15,14 @@ from helixd.wire.goodput import Goodput
 from helixd.wire.link import Frame, Link
 
 FRAME_OVERHEAD_BYTES = 256
+HARD_BYTES = 256 << 20
 
 
 class Outbox:
     """Frames on the way to one peer, in order; urgent ones, in order too, overtake those that are not."""
 
     def __init__(
-        self, link: Link, on_drained: Callable[[], None], soft_bytes: int = 32 << 20, hard_bytes: int = 256 << 20
+        self, link: Link, on_drained: Callable[[], None], soft_bytes: int = 32 << 20, hard_bytes: int = HARD_BYTES
     ) -> None:
         self.link = link
         self._on_drained = on_drained

@@ -13,37 +13,45 @@ import urllib.error
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from helixd.exits import Exit
 from tests.chaos.asker import Asked, Question
 from tests.chaos.streams import until
 from tests.daemons import Daemons
+from tests.faults.proxy import ChaosProxy
 
 HUB = "coordinator"
 WAITS_S = (0.0, 0.02, 0.1, 0.3, 1.0, 2.0)
 ENOUGH = 2
 """Workers that can hold all layers: no step leaves fewer processes."""
 SPARED = 0.8
-"""How often nobody is hit while just enough have joined: processes take long to start, and somebody is to be served."""
+"""How often nobody is hit while little is left: processes take long to start, and somebody is to be served."""
 STEADY_S = 180.0
 """Everything that was started has joined, is measured and planned with: most of it is the start of processes."""
 CLIENTS_S = 90.0
 
 
 class Storm:
-    """Steps are taken with `step`; `settle` undoes every fault and checks. `workers`: their arguments by name."""
+    """Steps are taken with `step`; `settle` undoes every fault and checks.
+
+    `workers`: their arguments by name. `lines`: what leads each of them to the coordinator.
+    """
 
     def __init__(
-        self, made: Daemons, workers: dict[str, list[str]], questions: Sequence[Question], seed: int
+        self, made: Daemons, workers: dict[str, list[str]], lines: dict[str, ChaosProxy], questions: Sequence[Question],
+        seed: int,
     ) -> None:  # fmt: skip
         self.made = made
         self.clients: list[Asked] = []
         self.did: Counter[str] = Counter()
         self._workers = workers
+        self._lines = lines
         self._questions = questions
         self._draw = random.Random(seed)
         self._log: list[str] = []
         self._stopped: set[str] = set()
+        self._cut: set[str] = set()
         self._leaving: set[str] = set()
         self._life = 0
         self._faults = 0
@@ -64,7 +72,8 @@ class Storm:
     def _step(self) -> None:
         self._reap()
         steps = [self._submit] * 8 + [self._cancel] * 3 + [self._join] * 4 + [self._kill] * 3 + [self._stop] * 2
-        steps += [self._cont] * 2 + [self._leave] * 2 + [self._restart_coordinator]
+        steps += [self._cont] * 2 + [self._leave] * 2 + [self._partition] * 2 + [self._heal] * 2
+        steps += [self._restart_coordinator]
         before = self.did.total()
         while self.did.total() == before:
             self._draw.choice(steps)()
@@ -112,14 +121,29 @@ class Storm:
             self._leaving.add(name)
             self._did("leave", name, fault=True)
 
+    def _partition(self) -> None:
+        if name := self._victim():
+            line, ways = self._lines[name], self._draw.choice(("both ways", "there", "back"))
+            line.there.blocked, line.back.blocked = ways != "back", ways != "there"
+            self._cut.add(name)
+            self._did("partition", f"{name}, {ways}", fault=True)
+
+    def _heal(self) -> None:
+        if self._cut:
+            name = self._draw.choice(sorted(self._cut))
+            self._connect(name)
+            self._did("heal", name)
+
     def _restart_coordinator(self) -> None:
+        if self._spared(set(self._workers)):
+            return
         self._life += 1
         self.made.all[HUB].kill()
         self._life += 1
         self._did("restart coordinator", fault=True)
         time.sleep(self._draw.choice((0.0, 0.5)))
         self.made.restart(HUB)
-        until(lambda: self._nodes() is not None, "the coordinator to answer", STEADY_S)
+        until(lambda: self._view() is not None, "the coordinator to answer", STEADY_S)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -142,6 +166,8 @@ class Storm:
         self._note("settle")
         for name in sorted(self._stopped):
             self._go_on(name)
+        for name in sorted(self._lines):
+            self._connect(name)
         until(lambda: not self._reap(), "those that leave to be gone", STEADY_S)
         for name in sorted(self._workers):
             if name not in self.made.all or self.made.all[name].process.poll() is not None:
@@ -189,16 +215,22 @@ class Storm:
     # -- helpers -----------------------------------------------------------------------------------------------------
 
     def _victim(self) -> str | None:
-        able = sorted(set(self.made.all) - {HUB} - self._stopped - self._leaving)
-        nodes = self._nodes() or set()
-        if len(able) <= ENOUGH or (len(nodes & set(able)) <= ENOUGH and self._draw.random() < SPARED):
+        able = sorted(set(self.made.all) - {HUB} - self._stopped - self._leaving - self._cut)
+        if len(able) <= ENOUGH or self._spared(set(able)):
             return None
         return self._draw.choice(able)
 
-    def _nodes(self) -> set[str] | None:
-        """The workers that have joined; None while no coordinator answers."""
+    def _spared(self, able: set[str]) -> bool:
+        """Whether nothing is to break now: little is left to break."""
+        view = self._view()
+        nodes = set() if view is None else {node["id"] for node in view["nodes"]}
+        little = view is None or not view["ready"]["ready"] or len(nodes & able) <= ENOUGH
+        return little and self._draw.random() < SPARED
+
+    def _view(self) -> Any:
+        """What the coordinator shows; None while it does not answer."""
         try:
-            return {node["id"] for node in self.made.get("/cluster")["nodes"]}
+            return self.made.get("/cluster")
         except (OSError, urllib.error.HTTPError):
             return None
 
@@ -217,18 +249,19 @@ class Storm:
         self.made.all[name].signal(signal.SIGCONT)
         self._stopped.discard(name)
 
+    def _connect(self, name: str) -> None:
+        self._lines[name].heal()
+        self._cut.discard(name)
+
     def _look(self) -> None:
         """[I8] An epoch only rises, over restarts of the coordinator too; nobody ends by itself."""
         for name, daemon in self.made.all.items():
             status = daemon.process.poll()
             assert status is None or name in self._leaving, f"{name} ended: {status}\n{daemon.text[-3000:]}"
-        try:
-            epoch = self.made.get("/cluster")["epoch"]
-        except (OSError, urllib.error.HTTPError):
-            return
-        if epoch is not None:
-            assert epoch >= self._epoch, f"epoch {epoch} comes after {self._epoch}"
-            self._epoch = epoch
+        view = self._view()
+        if view is not None and view["epoch"] is not None:
+            assert view["epoch"] >= self._epoch, f"epoch {view['epoch']} comes after {self._epoch}"
+            self._epoch = view["epoch"]
 
     def _did(self, what: str, which: str = "", fault: bool = False) -> None:
         self.did[what] += 1

@@ -96,11 +96,13 @@ def assert_whole(streams: Sequence[Stream], texts: Sequence[str]) -> None:
 
 
 def least(streams: Sequence[Stream]) -> int:
-    return min(stream.pieces for stream in streams)
+    """Tokens that every client has."""
+    return min(stream.tokens for stream in streams)
 
 
 def most(streams: Sequence[Stream]) -> int:
-    return max(stream.pieces for stream in streams)
+    """Tokens that the first client has."""
+    return max(stream.tokens for stream in streams)
 
 
 def share(values: Sequence[float], part: float) -> float:

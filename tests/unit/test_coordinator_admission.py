@@ -130,6 +130,15 @@ async def test_a_route_is_granted_reserved_and_free_again_when_every_node_says_s
         assert made.admission.ledger.total_used() == 0
 
 
+async def test_a_route_tells_how_much_is_computed_before_it() -> None:
+    async with desk({A: 8 * PAGE}) as made:
+        runs = [Run(1, prompt=30), Run(2, prompt=20), Run(3, prompt=10)]
+        assert [(await made.ask(run)).ahead_tokens for run in runs] == [0, 30, 50]
+        assert runs[0].lease is not None
+        made.admission.progressed(runs[0].lease, 31)
+        assert (await made.ask(Run(4))).ahead_tokens == 30
+
+
 async def test_without_a_plan_everybody_waits_for_one() -> None:
     async with desk({A: 4 * PAGE}, planned=False) as made:
         made.ask(Run(1))

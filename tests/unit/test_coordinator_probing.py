@@ -13,6 +13,7 @@ from helixd.coordinator.planning import ModelSizes
 from helixd.coordinator.probing import Prober
 from helixd.ids import Epoch, Incarnation, NodeId, PeerId
 from helixd.protocol import messages as m
+from helixd.protocol import versions
 from helixd.protocol.codec import from_frame
 from helixd.wire.link import Frame
 from tests.cluster import make_plan
@@ -38,7 +39,9 @@ class World:
     def add(self, name: PeerId) -> None:
         anything: Any = object()
         outbox: Any = Box(self, name)
-        hello = m.Hello(m.PROTOCOL_VERSION, [m.NodeHardware(name, "cpu", "x", 1 << 30, 1 << 30)], "", "", 1, "test")
+        hello = m.Hello(
+            versions.PROTOCOL_VERSION, [m.NodeHardware(name, "cpu", "x", 1 << 30, 1 << 30)], "", "", 1, "test"
+        )
         assert not self.fleet.add(Peer(name, Incarnation(1), anything, outbox, f"host of {name}", 1, hello))
         self.fleet.nodes[NodeId(name)].measured = m.Measured(name, [(1.0, 1.0)], [(1.0, 1.0)])
 

@@ -266,6 +266,23 @@ async def test_silence_is_a_broken_route() -> None:
     assert made.workers.waited_s == [0.01]
 
 
+async def test_prompts_that_are_computed_first_are_waited_for() -> None:
+    """A short prompt behind long ones takes as long as they do; that is no fault of its route."""
+
+    class Busy(Workers):
+        async def acquire(self, run: SequenceRun) -> Lease:
+            self.leases.append(replace(await super().acquire(run), ahead_tokens=1021 if len(self.leases) == 1 else 0))
+            return self.leases[-1]
+
+    made = world(
+        workers=Busy(lambda workers, step: len(workers.leases) > 2 and step > 4),
+        limits=SequenceLimits(step_s=0.01, max_migrations=2),
+    )
+    with pytest.raises(PipelineLost):
+        await made.run.run()
+    assert made.workers.waited_s[:2] == [0.02, 0.01]
+
+
 async def test_a_worker_that_floods_costs_one_attempt_and_no_memory() -> None:
     def flood(workers: Workers, step: int) -> bool:
         if len(workers.leases) == 1:

@@ -11,6 +11,8 @@ from helixd.model.chat import MAX_OUTPUT_CHARS
 from helixd.wire import frames
 from helixd.wire.handshake import MAX_MESSAGE_BYTES
 from helixd.wire.options import WireOptions
+from helixd.wire.outbox import HARD_BYTES
+from helixd.worker.inbox import EARLY_BYTES, PARKED_BYTES
 
 DOCS = (Path(__file__).parents[2] / "docs" / "limits.md").read_text(encoding="utf-8")
 ROWS = {
@@ -54,6 +56,9 @@ def test_fixed_limits() -> None:
         "Hello": [MAX_MESSAGE_BYTES],
         "Body of a frame": [wire.max_body_bytes],
         "Payload of a frame": [wire.max_frame_bytes],
+        "Rows of all neighbours that came before their sequence was opened": [EARLY_BYTES],
+        "Rows of all neighbours that came before their turn": [PARKED_BYTES],
+        "What waits to be sent to a peer": [HARD_BYTES],
         "Entries of a list, of a map, bytes of a string in a frame": [
             frames.MAX_LIST_ENTRIES, frames.MAX_MAP_ENTRIES, frames.MAX_STR_BYTES,
         ],

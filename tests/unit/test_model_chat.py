@@ -147,6 +147,9 @@ def test_where_templates_come_from(tmp_path):
     settings.write_text(json.dumps({"chat_template": named[:1]}))
     with pytest.raises(ModelError, match="none of them 'default'"):
         load()
+    settings.write_text(json.dumps({"chat_template": [{"name": ["default"], "template": "{{ 1 }}"}, 7]}))
+    with pytest.raises(ModelError, match="none of them 'default'"):
+        load()
     settings.write_text(json.dumps({"chat_template": 7}))
     with pytest.raises(ModelError, match="must be a string"):
         load()

@@ -7,7 +7,7 @@ from statistics import median
 import pytest
 
 from helixd.plan.clusterfile import parse_cluster
-from helixd.plan.hardware import HARDWARE, find_hardware
+from helixd.plan.hardware import HARDWARE, find_hardware, near_names
 from helixd.plan.profile import layer_time_s
 from helixd.plan.roofline import estimate
 from helixd.plan.spec import LayerWork, ModelSpec, WorkloadSpec
@@ -100,6 +100,57 @@ def test_geforce_cards_multiply_matrices_at_twice_their_single_rate() -> None:
 @pytest.mark.parametrize("name", ["nvidia rtx 4090", "NVIDIA GeForce RTX 4090", "RTX-4090", "rtx4090"])
 def test_names_as_people_write_them(name: str) -> None:
     assert find_hardware(name) is HARDWARE["RTX 4090"]
+
+
+@pytest.mark.parametrize(
+    ("printed", "name"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("NVIDIA A100 80GB PCIe", "A100-80GB"),
+        ("NVIDIA A100-PCIE-40GB", "A100-40GB"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA L40S", "L40S"),
+        ("Tesla T4", "T4"),
+        ("Tesla V100-SXM2-16GB", "V100-16GB"),
+        ("Tesla V100-PCIE-32GB", "V100-32GB"),
+        ("NVIDIA RTX A6000", "RTX A6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA GeForce RTX 3060", "RTX 3060"),
+        ("NVIDIA GeForce RTX 4060 Ti 16GB", "RTX 4060 Ti 16GB"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("AMD Radeon RX 7900 XTX", "RX 7900 XTX"),
+        ("Apple M2 Max", "M2 Max"),
+        ("AMD EPYC 9654 96-Core Processor", "EPYC 9654"),
+        ("Intel(R) Xeon(R) Platinum 8480+", "Xeon 8480+"),
+    ],
+)
+def test_names_as_the_system_prints_them(printed: str, name: str) -> None:
+    assert find_hardware(printed) is HARDWARE[name]
+
+
+@pytest.mark.parametrize("name", ["A100", "V100", "RTX 4090 Laptop GPU", "RTX 3080 12GB", "H100 94GB", "", "GPU", "M5"])
+def test_what_may_be_another_device_is_not_taken_for_one(name: str) -> None:
+    assert find_hardware(name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("A100", ["A100-40GB", "A100-80GB"]),
+        ("V100", ["V100-16GB", "V100-32GB"]),
+        ("RTX 3O60", ["RTX 3060", "RTX 3060 Ti"]),
+        ("RTX 3080 12GB", ["RTX 3080"]),
+        ("abacus", []),
+    ],
+)
+def test_a_name_that_is_not_known_has_near_ones(name: str, near: list[str]) -> None:
+    found = near_names(name)
+    assert found[: len(near)] == near
+    assert len(found) <= 4
+    assert bool(found) == bool(near)
 
 
 def test_a_name_that_is_not_known_is_not_guessed() -> None:

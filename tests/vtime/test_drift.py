@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 
+from helixd.coordinator.figures import CoordinatorFigures
 from helixd.coordinator.planning import PlanningOptions
 from helixd.ids import NodeId, PeerId
 from helixd.layers import LayerRange
@@ -82,6 +83,15 @@ def test_a_node_that_slows_gives_up_layers_once_it_was_slow_for_long() -> None:
         assert event.decision.startswith("a new plan: ")
         view = w.coordinator.cluster_view()
         assert [told["decision"] for told in view["drift"]] == [event.decision]  # type: ignore[index,call-overload]
+        figures = {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in CoordinatorFigures(w.coordinator).collect()
+            for sample in family.samples
+        }
+        assert figures["helixd_drifts_total",] == 1
+        assert figures["helixd_node_slowdown_planned", "w0", "decode"] > 2
+        assert figures["helixd_node_slowdown_planned", "w1", "decode"] == 1
+        assert figures["helixd_node_slowdown", "w1", "decode"] == pytest.approx(1.0)
         # What is believed now is no news.
         busy(w, 2 * HOLD_S)
         assert w.coordinator.drift.count == 1

@@ -14,10 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helixd.errors import PeerLost
+from helixd.ids import Incarnation, PeerId
+from helixd.plan.spec import COORDINATOR
 from helixd.protocol import messages as m
 from helixd.protocol import versions
 from helixd.protocol.codec import MESSAGE_TYPES, ProtocolError, from_frame, to_frame
 from helixd.wire.link import Frame
+from helixd.wire.peers import PeerIdentity
 from tests.budget import examples
 from tests.vtime.invariants import settle
 from tests.vtime.loop import Process
@@ -200,5 +203,19 @@ def test_only_the_last_stage_of_a_sequence_scores_its_prompt() -> None:
         say(w, endpoint, HUB, m.Scores(lease.sequence, lease.attempt, 1, wrong), None)
         w.wait_until(lambda: asked.outcome is not None, 30, "it does not end")
         assert asked.outcome == "finished"
+        w.loop.do(lambda: w.network.kill(endpoint))
+        settle(w)
+
+
+def test_no_worker_has_the_name_that_plans_have_for_the_coordinator() -> None:
+    with world(3) as w:
+        w.start_worker("w0")
+        w.start_worker("w1")
+        w.advance(4)
+        w._identity = lambda name: PeerIdentity(PeerId(COORDINATOR), Incarnation(1))  # type: ignore[method-assign]
+        endpoint = join_as_rogue(w, HUB, hello=True)
+        del w._identity
+        w.advance(1)
+        assert set(w.coordinator.fleet.peers) == {"w0", "w1"}
         w.loop.do(lambda: w.network.kill(endpoint))
         settle(w)
