@@ -78,18 +78,19 @@ class KvPool:
 
     def resize(self, pages: int) -> None:
         """Have `pages` pages from now on. Pages in use stay where they are: of a smaller pool, those beyond its end
-        are not given out again, and their memory goes with the next resize.
+        are not given out again, and their memory goes with the next resize. So does what could not be copied to become
+        smaller. Raises MemoryError or RuntimeError if there is no memory to become larger; then as many as before can be
+        given out.
         """
         units = pages // self.slab_pages
         in_use = max(
             (base // self.slab_pages + 1 for slabs in self._slabs.values() for slab in slabs for base in slab.bases),
             default=0,
         )
-        keep, count = self.k.shape[0], max(units, in_use) * self.slab_pages
-        if count != keep:
-            # One after the other: only one of them is there twice for a moment.
-            self.k = _resized(self.k, count)
-            self.v = _resized(self.v, count)
+        count = max(units, in_use) * self.slab_pages
+        # One after the other: only one of them is there twice for a moment.
+        self.k = _resized(self.k, count)
+        self.v = _resized(self.v, count)
         taken = {base // self.slab_pages for slabs in self._slabs.values() for slab in slabs for base in slab.bases}
         self.units = units
         self._free_units = [unit for unit in range(units - 1, -1, -1) if unit not in taken]
@@ -177,8 +178,20 @@ class KvPool:
 
 
 def _resized(tensor: torch.Tensor, pages: int) -> torch.Tensor:
-    """The same pages in a tensor of another length (the first dimension)."""
-    resized = tensor.new_empty((pages, *tensor.shape[1:]))
-    kept = min(pages, tensor.shape[0])
+    """The same pages in a tensor of another length (the first dimension); itself if it cannot become shorter."""
+    had = tensor.shape[0]
+    if pages == had:
+        return tensor
+    try:
+        resized = _empty_like(tensor, pages)
+    except (MemoryError, RuntimeError):
+        if pages > had:
+            raise
+        return tensor
+    kept = min(pages, had)
     resized[:kept] = tensor[:kept]
     return resized
+
+
+def _empty_like(tensor: torch.Tensor, pages: int) -> torch.Tensor:
+    return tensor.new_empty((pages, *tensor.shape[1:]))

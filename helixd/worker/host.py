@@ -118,6 +118,9 @@ class NodeHost:
                 progress(done, total)
 
             try:
+                # What KV gives up now is what the plan takes for layers.
+                if kv_token_layers < self.engine.kv_capacity_token_layers:
+                    await self._thread.run(self.engine.set_kv_capacity, kv_token_layers)
                 await self._loader.run(
                     self.engine.load, layers, source, embedding=layers.start == 0,
                     head=layers.end == self.model.config.num_layers, progress=tell,

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helixd.engine import kv
 from helixd.engine.kv import KvPool, Page
 from helixd.layers import LayerRange
 
@@ -129,3 +130,27 @@ def test_what_pages_hold_outlasts_every_other_size_of_the_pool(steps: list[tuple
     assert pool.pages_used == 0
     assert pool.k.shape[0] == pool.v.shape[0] == 24
     assert pool.allocatable(LayerRange(0, 6)) == 4
+
+
+def test_a_pool_that_cannot_be_copied_to_become_smaller_is_smaller_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A full device has no memory for the copy; what is given out is limited, and the next resize tries again."""
+    pool = make_pool()
+    pages = pool.allocate(LayerRange(0, 6), 1)
+    large = pool.k.shape[0]
+
+    def full(tensor: torch.Tensor, pages: int) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kv, "_empty_like", full)
+        pool.resize(12)
+        assert (pool.pages_total, pool.k.shape[0]) == (12, large)
+        pool.check_integrity(pages)
+        with pytest.raises(torch.OutOfMemoryError):
+            pool.resize(large + 12)
+        assert pool.pages_total == 12
+    pool.release(pages)
+    pool.resize(24)
+    assert pool.pages_total == pool.k.shape[0] == pool.v.shape[0] == 24

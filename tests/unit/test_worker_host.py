@@ -29,12 +29,14 @@ class ListEngine:
         self.loaded: set[int] = set()
         self.gate = threading.Event()
         self.gate.set()
-        self.capacity = 0
+        self.kv_capacity_token_layers = 0
+        self.room_while_loading: list[int] = []
 
     def set_kv_capacity(self, token_layers: int) -> None:
-        self.capacity = token_layers
+        self.kv_capacity_token_layers = token_layers
 
     def load(self, layers: LayerRange, source: Any, progress: Callable[[int, int], None], **_: bool) -> None:
+        self.room_while_loading.append(self.kv_capacity_token_layers)
         for done, layer in enumerate(layers.layers(), 1):
             assert self.gate.wait(10)
             self.loaded.add(layer)
@@ -156,3 +158,15 @@ async def test_layers_that_nobody_waits_for_any_more_are_not_all_loaded() -> Non
         assert host.held() == [(0, 1)]
         await host.load(Epoch(2), LayerRange(0, 6), 100, source, lambda done, total: None)
         assert host.held() == [(0, 6)]
+
+
+async def test_kv_makes_room_before_layers_come_and_grows_once_they_are_there() -> None:
+    """A device that gives all it has to KV has nothing left for what it is to hold beside."""
+    async with device() as (host, _, prepare):
+        await prepare(MODEL)
+        engine: Any = host.engine
+        source: Any = None
+        for epoch, room in enumerate((100, 60, 80), 1):
+            await host.load(Epoch(epoch), LayerRange(0, epoch), room, source, lambda done, total: None)
+        assert engine.room_while_loading == [0, 60, 60]
+        assert engine.kv_capacity_token_layers == 80
