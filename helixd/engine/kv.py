@@ -79,8 +79,8 @@ class KvPool:
     def resize(self, pages: int) -> None:
         """Have `pages` pages from now on. Pages in use stay where they are: of a smaller pool, those beyond its end
         are not given out again, and their memory goes with the next resize. So does what could not be copied to become
-        smaller. Raises MemoryError or RuntimeError if there is no memory to become larger; then as many as before can be
-        given out.
+        smaller. Raises MemoryError or RuntimeError if there is no memory to become larger; then as many as before
+        can be given out.
         """
         units = pages // self.slab_pages
         in_use = max(

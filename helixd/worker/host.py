@@ -98,7 +98,7 @@ class NodeHost:
 
         An epoch that was retired before its turn came, or while it loaded, is not served.
 
-        Raises ModelError (bad weights), HelixError (no memory, with the sum).
+        Raises ModelError (bad weights), HelixError (no memory, with the sum; files that cannot be read).
         """
         assert self.model is not None
         assert self.runtime is not None
@@ -127,6 +127,10 @@ class NodeHost:
                 )  # fmt: skip
                 await self._thread.run(self.engine.set_kv_capacity, kv_token_layers)
                 await self._loader.run(self._backend.trim)
+            except OSError as error:
+                raise HelixError(
+                    f"node {self.setup.node} could not read layers {layers}: {error}; is the model's disk still there?"
+                ) from error
             except (MemoryError, RuntimeError) as error:
                 raise HelixError(
                     f"node {self.setup.node} could not load layers {layers} on {self.setup.device}: {error}; "

@@ -1,6 +1,7 @@
 """A device over several sessions: what it keeps of the one before, and what it must not."""
 
 import asyncio
+import errno
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from helixd.errors import HelixError
 from helixd.ids import Epoch, NodeId
 from helixd.layers import LayerRange
 from helixd.worker.backend import ModelSetup, NodeSetup
@@ -170,3 +172,18 @@ async def test_kv_makes_room_before_layers_come_and_grows_once_they_are_there() 
             await host.load(Epoch(epoch), LayerRange(0, epoch), room, source, lambda done, total: None)
         assert engine.room_while_loading == [0, 60, 60]
         assert engine.kv_capacity_token_layers == 80
+
+
+async def test_weights_that_cannot_be_read_are_a_failed_load_and_not_the_daemons_end() -> None:
+    async with device() as (host, _, prepare):
+        await prepare(MODEL)
+        engine: Any = host.engine
+        source: Any = None
+
+        def unreadable(*_: Any, **__: Any) -> None:
+            raise OSError(errno.EIO, "Input/output error", "model.safetensors")
+
+        engine.load = unreadable
+        with pytest.raises(HelixError, match=r"node n could not read layers .*Input/output error: 'model.safetensors'"):
+            await host.load(Epoch(1), LayerRange(0, 2), 100, source, lambda done, total: None)
+        assert host.loading is None
