@@ -91,8 +91,8 @@ EXPLORE = """\
 
 One thing at a time is done otherwise than the engine and the coordinator do it; output tokens/s offline (240 s after
 120 s), then medians at the rates above. Single24's were run with an earlier plan, of 13 stages, and with hops allowed
-to be 32,000 tokens ahead of their share of flow; "by shares of flow alone" against that, and the same on distributed24,
-made it 4,000.
+to be 32,000 tokens ahead of their share of flow; over distributed24's slow links that made next tokens wait, and it
+is 4,000 since. The choice of plan was run before that change too; with as much work as fits it plays little part.
 """
 
 
