@@ -18,7 +18,7 @@ from helixd.errors import ConfigError
 from helixd.model.checkpoint import Checkpoint
 from helixd.model.digests import data_identity, weight_digests
 from helixd.model.tokenizer import IncrementalDetokenizer
-from helixd.plan.spec import WorkloadSpec
+from helixd.plan.cluster.spec import WorkloadSpec
 from helixd.tls import KeyPair, PeerTls
 from helixd.wire.options import WireOptions
 

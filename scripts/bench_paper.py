@@ -40,13 +40,13 @@ from paper_inputs import (
 
 from helixd.ids import NodeId
 from helixd.plan.baselines import BASELINES, baseline_plan
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.spec import ClusterSpec
+from helixd.plan.graph.flow import FlowModel
 from helixd.plan.holding import Holding
 from helixd.plan.judge import judged
 from helixd.plan.plan import Hop, Infeasible, Plan
 from helixd.plan.predict import PAPER, predict
-from helixd.plan.search import Search
-from helixd.plan.spec import ClusterSpec
+from helixd.plan.search.methods import Search
 from helixd.sim.helixd import HelixdPolicy
 from helixd.sim.load import Offline, Online
 from helixd.sim.paper import PaperPolicy

@@ -24,16 +24,16 @@ from synthetic_clusters import region_of, synthetic
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.clusterfile import parse_cluster
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.clusterfile import parse_cluster
+from helixd.plan.cluster.spec import ClusterSpec
 from helixd.plan.frontier import fewest_stages
+from helixd.plan.graph.flow import FlowModel
 from helixd.plan.holding import Holding
 from helixd.plan.moves import total_bytes
 from helixd.plan.plan import Plan
 from helixd.plan.planner import plan_cluster
 from helixd.plan.predict import stages
 from helixd.plan.replan import Option, Replan, lost, replan
-from helixd.plan.spec import ClusterSpec
 
 HERE = Path(__file__).resolve().parent
 CLUSTERS = HERE.parent.parent / "shared" / "clusters"

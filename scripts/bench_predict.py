@@ -18,13 +18,13 @@ from random import Random
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
 from helixd.plan.baselines import baseline_plan
-from helixd.plan.clusterfile import parse_cluster
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.clusterfile import parse_cluster
+from helixd.plan.graph.flow import FlowModel
 from helixd.plan.holding import Holding
 from helixd.plan.judge import judged
 from helixd.plan.plan import Infeasible
 from helixd.plan.predict import predict, stages
-from helixd.plan.search import Search
+from helixd.plan.search.methods import Search
 from helixd.sim.helixd import HelixdPolicy
 from helixd.sim.load import Lengths, Offline
 

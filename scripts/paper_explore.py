@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from paper_inputs import Inputs, Row, our_plan, served, waits
 
+from helixd.plan.cluster.spec import ClusterSpec
 from helixd.plan.holding import Holding
 from helixd.plan.judge import judged
 from helixd.plan.plan import Plan
 from helixd.plan.predict import stages
-from helixd.plan.search import Candidate, Search
-from helixd.plan.spec import ClusterSpec
+from helixd.plan.search.methods import Candidate, Search
 from helixd.plan.undominated import undominated
 from helixd.sim.helixd import HelixdPolicy
 from helixd.sim.load import Offline, Online

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.clusterfile import parse_cluster
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.clusterfile import parse_cluster
+from helixd.plan.cluster.spec import ClusterSpec
+from helixd.plan.graph.flow import FlowModel
 from helixd.plan.holding import Holding
 from helixd.plan.judge import judged
 from helixd.plan.plan import Plan
 from helixd.plan.planner import plan_cluster
 from helixd.plan.predict import stages
-from helixd.plan.spec import ClusterSpec
 from helixd.sim.load import Lengths
 from helixd.sim.meter import Report
 

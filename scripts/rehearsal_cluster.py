@@ -24,7 +24,7 @@ import psutil
 from helixd.emulation.hollow import HollowModel
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.spec import ClusterSpec
+from helixd.plan.cluster.spec import ClusterSpec
 from helixd.sim.stage_node import StepLimits
 
 MODEL = "rehearsed"

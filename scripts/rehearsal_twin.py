@@ -11,8 +11,8 @@ from typing import Any
 from helixd.coordinator.admission import KV_PAGE_TOKENS
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
+from helixd.plan.cluster.spec import ClusterSpec
 from helixd.plan.plan import Hop, Plan
-from helixd.plan.spec import ClusterSpec
 from helixd.sim.helixd import HelixdPolicy
 from helixd.sim.load import Lengths, Load, Offline
 from helixd.sim.meter import Report

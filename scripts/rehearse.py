@@ -37,8 +37,8 @@ from helixd.commands.failure import CommandFailed
 from helixd.commands.simulate_inputs import the_plan
 from helixd.commands.trace_file import load_counts, load_lengths
 from helixd.emulation.hollow import write_hollow_checkpoint
+from helixd.plan.cluster.spec import ClusterSpec
 from helixd.plan.plan import Plan
-from helixd.plan.spec import ClusterSpec
 from helixd.sim.load import Lengths, Load, Offline, Online
 from helixd.sim.meter import Quantiles, Report
 from helixd.sim.stage_node import StepLimits

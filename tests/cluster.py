@@ -21,8 +21,8 @@ from helixd.layers import LayerRange
 from helixd.model.config import load_config
 from helixd.model.digests import data_identity, weight_digests
 from helixd.model.index import SafetensorsIndex, fingerprint
+from helixd.plan.cluster.spec import COORDINATOR, WorkloadSpec
 from helixd.plan.plan import Hop, Plan
-from helixd.plan.spec import COORDINATOR, WorkloadSpec
 from helixd.sampling import SamplingParams, TokenLogprobs
 from helixd.wire.endpoint import Endpoint
 from helixd.wire.link import Link

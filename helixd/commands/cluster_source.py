@@ -11,8 +11,8 @@ from helixd.commands.model_sizes import model_of
 from helixd.commands.positions import line_of
 from helixd.exits import Exit
 from helixd.layers import LayerRange
-from helixd.plan.clusterfile import ClusterFileError, parse_cluster, unknown_keys
-from helixd.plan.spec import ClusterSpec
+from helixd.plan.cluster.clusterfile import ClusterFileError, parse_cluster, unknown_keys
+from helixd.plan.cluster.spec import ClusterSpec
 
 
 def load_cluster(path: Path, *, model: str | None = None) -> ClusterSpec:

@@ -8,7 +8,7 @@ from helixd.model.checkpoint import resolve_model
 from helixd.model.config import load_config
 from helixd.model.decoder import DTYPE_BYTES, DecoderConfig
 from helixd.model.sizes import embedding_bytes, head_bytes, layer_bytes
-from helixd.plan.spec import LayerWork, ModelSpec
+from helixd.plan.cluster.spec import LayerWork, ModelSpec
 
 # What the peer protocol carries for one token id.
 TOKEN_BYTES = 4

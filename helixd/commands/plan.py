@@ -22,9 +22,9 @@ from helixd.exits import Exit
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
 from helixd.plan.baselines import BASELINES
+from helixd.plan.cluster.spec import ClusterSpec
 from helixd.plan.plan import Infeasible
 from helixd.plan.planner import OBJECTIVES
-from helixd.plan.spec import ClusterSpec
 from helixd.solver.job import Job, Reload
 from helixd.solver.process import Outcome, PlannerFailed, solve
 

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.flow import Flow, FlowModel, node_capacity
+from helixd.plan.cluster.spec import COORDINATOR, ClusterSpec, NodeSpec
+from helixd.plan.graph.flow import Flow, FlowModel, node_capacity
+from helixd.plan.graph.survival import survives_one_loss
 from helixd.plan.holding import Holding
 from helixd.plan.plan import Plan
 from helixd.plan.predict import Prediction, predict, stages
-from helixd.plan.spec import COORDINATOR, ClusterSpec, NodeSpec
-from helixd.plan.survival import survives_one_loss
 from helixd.plan.undominated import FrontierPoint
 from helixd.solver.job import Moving
 from helixd.solver.process import Outcome

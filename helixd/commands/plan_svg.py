@@ -9,7 +9,7 @@ from html import escape
 from helixd.commands.plan_report import NodeRow, Report
 from helixd.commands.plan_text import by_range, figure, size
 from helixd.ids import NodeId
-from helixd.plan.spec import COORDINATOR
+from helixd.plan.cluster.spec import COORDINATOR
 
 _LEFT, _RIGHT, _TOP, _ROW, _BAR, _WIDTH = 190.0, 150.0, 64.0, 26.0, 18.0, 900.0
 _COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e")

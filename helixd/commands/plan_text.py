@@ -9,8 +9,8 @@ from rich.text import Text
 from helixd.commands.plan_report import NodeRow, PlanRow, Report
 from helixd.plan.adopt import gain
 from helixd.plan.baselines import BASELINES
+from helixd.plan.cluster.spec import COORDINATOR
 from helixd.plan.predict import Prediction
-from helixd.plan.spec import COORDINATOR
 from helixd.plan.undominated import FrontierPoint
 
 _SHOWN_HOPS = 3

@@ -19,8 +19,8 @@ from helixd.commands.trace_file import load_counts, load_lengths
 from helixd.exits import Exit
 from helixd.ids import NodeId
 from helixd.plan.baselines import BASELINES
+from helixd.plan.cluster.spec import ClusterSpec
 from helixd.plan.plan import Plan
-from helixd.plan.spec import ClusterSpec
 from helixd.sim.helixd import CHOOSERS, HelixdPolicy
 from helixd.sim.load import Lengths, Load, Offline, Online, Trace
 from helixd.sim.meter import Report

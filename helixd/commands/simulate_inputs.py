@@ -9,10 +9,10 @@ from helixd.commands.failure import CommandFailed
 from helixd.commands.progress import Progress
 from helixd.exits import Exit
 from helixd.plan.baselines import BASELINES, baseline_plan
+from helixd.plan.cluster.spec import ClusterSpec
 from helixd.plan.holding import Holding
 from helixd.plan.judge import judged
 from helixd.plan.plan import Infeasible, Plan
-from helixd.plan.spec import ClusterSpec
 from helixd.solver.job import Job
 from helixd.solver.process import Outcome, PlannerFailed, solve
 

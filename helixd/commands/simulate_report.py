@@ -3,8 +3,8 @@
 import json
 from dataclasses import dataclass, field
 
+from helixd.plan.cluster.spec import ClusterSpec
 from helixd.plan.plan import Plan
-from helixd.plan.spec import ClusterSpec
 from helixd.sim.load import Load, Offline, Online
 from helixd.sim.meter import Quantiles, Report
 

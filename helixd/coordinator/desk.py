@@ -23,7 +23,7 @@ from helixd.coordinator.replanning import Replanner
 from helixd.coordinator.sequence import Broken, Lease, ScoresArrived, TokenArrived
 from helixd.coordinator.weights import WeightCheck, WeightServer
 from helixd.ids import Attempt, NodeId, PeerId, SequenceId
-from helixd.plan.spec import COORDINATOR
+from helixd.plan.cluster.spec import COORDINATOR
 from helixd.protocol import messages as m
 from helixd.protocol import versions
 from helixd.protocol.codec import ProtocolError, from_frame, to_frame

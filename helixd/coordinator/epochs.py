@@ -20,8 +20,8 @@ from helixd.coordinator.relay import Pair, node_links
 from helixd.coordinator.sequence import Lease
 from helixd.ids import Epoch, NodeId, PeerId
 from helixd.layers import LayerRange
+from helixd.plan.cluster.spec import COORDINATOR
 from helixd.plan.plan import Plan
-from helixd.plan.spec import COORDINATOR
 from helixd.protocol.codec import to_frame
 from helixd.protocol.messages import Assignment, EpochPush, EpochRetire, EpochState, PeerAddress
 from helixd.route.router import Router

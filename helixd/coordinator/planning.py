@@ -14,9 +14,9 @@ from helixd.ids import NodeId, PeerId
 from helixd.layers import LayerRange
 from helixd.model.decoder import DTYPE_BYTES, DecoderConfig, DType
 from helixd.model.sizes import embedding_bytes, head_bytes, layer_bytes
+from helixd.plan.cluster.profile import NodeMeasurement, profiles_from_measurements
+from helixd.plan.cluster.spec import COORDINATOR, ClusterSpec, LinkSpec, ModelSpec, NodeSpec, WorkloadSpec
 from helixd.plan.plan import Plan
-from helixd.plan.profile import NodeMeasurement, profiles_from_measurements
-from helixd.plan.spec import COORDINATOR, ClusterSpec, LinkSpec, ModelSpec, NodeSpec, WorkloadSpec
 from helixd.solver.job import Job, Reload
 from helixd.solver.process import solve
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from helixd import logs
 from helixd.coordinator.fleet import Fleet, LinkFact, Peer
 from helixd.ids import PeerId
-from helixd.plan.spec import COORDINATOR
+from helixd.plan.cluster.spec import COORDINATOR
 from helixd.protocol.codec import to_frame
 from helixd.protocol.messages import Probe, Probed
 from helixd.wire.link import Link

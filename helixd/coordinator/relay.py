@@ -13,8 +13,8 @@ from helixd import logs
 from helixd.coordinator.fleet import Fleet, LinkFact, Peer
 from helixd.errors import PeerLost
 from helixd.ids import NodeId, PeerId
+from helixd.plan.cluster.spec import COORDINATOR
 from helixd.plan.plan import Plan
-from helixd.plan.spec import COORDINATOR
 from helixd.protocol.messages import Activations
 from helixd.protocol.versions import RELAY_VERSION
 from helixd.wire.errors import FrameError

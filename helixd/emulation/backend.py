@@ -15,7 +15,7 @@ from helixd.errors import ModelError
 from helixd.layers import LayerRange
 from helixd.model.decoder import DTYPE_BYTES, DecoderConfig
 from helixd.model.weights import RawTensor, WeightSource
-from helixd.plan.spec import NodeProfile
+from helixd.plan.cluster.spec import NodeProfile
 from helixd.sampling import TokenLogprobs
 from helixd.worker.backend import FetchTensor, ModelSetup, NodeSetup
 from helixd.worker.batcher import Pass

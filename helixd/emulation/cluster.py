@@ -8,8 +8,8 @@ from pathlib import Path
 from helixd.emulation.backend import EmulatedBackend
 from helixd.errors import ConfigError, HelixError
 from helixd.ids import NodeId, PeerId
-from helixd.plan.clusterfile import parse_cluster
-from helixd.plan.spec import ClusterSpec
+from helixd.plan.cluster.clusterfile import parse_cluster
+from helixd.plan.cluster.spec import ClusterSpec
 from helixd.worker.backend import NodeSetup
 
 PREFIX = "emulated:"

@@ -9,8 +9,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from helixd.layers import LayerRange
-from helixd.plan.profile import layer_time_s
-from helixd.plan.spec import NodeProfile
+from helixd.plan.cluster.profile import layer_time_s
+from helixd.plan.cluster.spec import NodeProfile
 
 # Rows that enter a node are copied to its memory and to its device (measured by the paper's artifact).
 ENTER_S_PER_BYTE = 1 / 4e9 + 1 / 5e9

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from helixd.model.config import parse_config
 from helixd.model.decoder import DTYPE_BYTES
 from helixd.model.sizes import layer_bytes, required_tensors
-from helixd.plan.spec import ClusterSpec, ModelSpec, NodeProfile
+from helixd.plan.cluster.spec import ClusterSpec, ModelSpec, NodeProfile
 
 _BYTES = 256
 _KV_HEADS = 8

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from helixd.ids import NodeId
-from helixd.plan.spec import COORDINATOR, ClusterSpec
+from helixd.plan.cluster.spec import COORDINATOR, ClusterSpec
 from helixd.worker.shaping import LinkFigures
 
 # What may wait for a slow link before prefill holds back, as in an outbox.

@@ -7,7 +7,7 @@ node cover in fractions; the pattern bound knows that a layer is covered by whol
 from collections.abc import Callable, Sequence
 
 from helixd.plan import milp
-from helixd.plan.flow import node_capacity
+from helixd.plan.graph.flow import node_capacity
 from helixd.plan.holding import Holding
 
 _COLUMNS = 60

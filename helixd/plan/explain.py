@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.flow import Flow, FlowModel, node_capacity
+from helixd.plan.cluster.spec import COORDINATOR, NodeSpec
+from helixd.plan.graph.flow import Flow, FlowModel, node_capacity
 from helixd.plan.holding import Holding
-from helixd.plan.spec import COORDINATOR, NodeSpec
 
 
 def explanations(holding: Holding, placement: Mapping[NodeId, LayerRange], flow: Flow) -> dict[NodeId, str]:

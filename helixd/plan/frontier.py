@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
 from helixd.plan.bounds import capacity_bound
-from helixd.plan.columns import StageColumns
-from helixd.plan.cover import least_cover
 from helixd.plan.holding import Holding
-from helixd.plan.lanes import lay_out_lanes
-from helixd.plan.stages import best_cover, cover, few_kinds, kinds_of, lay_out
+from helixd.plan.search.columns import StageColumns
+from helixd.plan.search.cover import least_cover
+from helixd.plan.search.lanes import lay_out_lanes
+from helixd.plan.search.stages import best_cover, cover, few_kinds, kinds_of, lay_out
 
 # From so many nodes on stages are generated one by one, not listed.
 _LISTED = 60

@@ -8,8 +8,8 @@ from functools import cached_property
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
+from helixd.plan.cluster.spec import ClusterSpec, LinkSpec, NodeSpec
 from helixd.plan.plan import Infeasible
-from helixd.plan.spec import ClusterSpec, LinkSpec, NodeSpec
 
 _GIB = 2.0**30
 

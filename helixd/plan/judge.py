@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
 from helixd.plan.explain import explanations
-from helixd.plan.flow import Flow, FlowModel
+from helixd.plan.graph.flow import Flow, FlowModel
+from helixd.plan.graph.schedule import schedule_of
 from helixd.plan.holding import Holding
 from helixd.plan.plan import Infeasible, Plan
 from helixd.plan.predict import Prediction, predict
-from helixd.plan.schedule import schedule_of
 
 
 def judged(

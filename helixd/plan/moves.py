@@ -12,8 +12,8 @@ from helixd.ids import NodeId
 from helixd.layers import LayerRange
 from helixd.plan import milp
 from helixd.plan.assign import assign
+from helixd.plan.cluster.spec import ModelSpec
 from helixd.plan.holding import Holding
-from helixd.plan.spec import ModelSpec
 
 Placement = dict[NodeId, LayerRange]
 

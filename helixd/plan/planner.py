@@ -6,14 +6,14 @@ Constraints of the nodes (pins, memory) hold in every plan returned.
 
 from collections.abc import Callable
 
+from helixd.plan.cluster.spec import COORDINATOR, ClusterSpec
 from helixd.plan.explain import explanations
-from helixd.plan.flow import FlowModel
+from helixd.plan.graph.flow import FlowModel
+from helixd.plan.graph.schedule import schedule_of
 from helixd.plan.holding import Holding
 from helixd.plan.plan import Infeasible, Plan, Progress
 from helixd.plan.predict import stages
-from helixd.plan.schedule import schedule_of
-from helixd.plan.search import SMALL, Candidate, Search
-from helixd.plan.spec import COORDINATOR, ClusterSpec
+from helixd.plan.search.methods import SMALL, Candidate, Search
 
 OBJECTIVES = ("throughput", "max-flow", "latency")
 

@@ -6,7 +6,7 @@ share of time that prompts need; and it crosses the links between, behind other 
 time in flight; the largest rate that satisfies this, and that no node and no link is overrun by, is the prediction.
 
 T(j) is not a limit here: it is what a node carries at the batches its KV room gives at one assumed load (see
-`helixd.plan.profile`), and nodes do run faster where batches are larger. Links and NICs are limits.
+`helixd.plan.cluster.profile`), and nodes do run faster where batches are larger. Links and NICs are limits.
 
 Rules of serving come in as `Rules`. The weights of bunching and of the tightest node were chosen on some thirty
 placements of each published cluster: there the figure ranks them as the simulator does (rank correlation 0.9, see
@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.curve import Curve
-from helixd.plan.flow import Flow
+from helixd.plan.cluster.curve import Curve
+from helixd.plan.cluster.spec import COORDINATOR, NodeSpec
+from helixd.plan.graph.flow import Flow
 from helixd.plan.holding import Holding
-from helixd.plan.spec import COORDINATOR, NodeSpec
 
 _BISECTIONS = 24
 _PRECISE = 1e-5

@@ -14,21 +14,21 @@ from math import isinf
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
 from helixd.plan.bounds import capacity_bound
-from helixd.plan.columns import StageColumns
-from helixd.plan.cover import CoverSearch, least_cover
+from helixd.plan.cluster.spec import ClusterSpec
 from helixd.plan.explain import explanations
-from helixd.plan.flow import Flow, FlowModel
+from helixd.plan.graph.flow import Flow, FlowModel
+from helixd.plan.graph.schedule import schedule_of
 from helixd.plan.holding import Holding
-from helixd.plan.lanes import lay_out_lanes
 from helixd.plan.moves import Move, Placement, load_bytes, relabelled, reordered, total_bytes
 from helixd.plan.plan import Infeasible, Plan
 from helixd.plan.predict import predict
-from helixd.plan.regions import regions
-from helixd.plan.repair import improve
-from helixd.plan.schedule import schedule_of
-from helixd.plan.search import SMALL, Search
-from helixd.plan.spec import ClusterSpec
-from helixd.plan.stages import best_cover, cover, few_kinds, kinds_of, lay_out
+from helixd.plan.search.columns import StageColumns
+from helixd.plan.search.cover import CoverSearch, least_cover
+from helixd.plan.search.lanes import lay_out_lanes
+from helixd.plan.search.methods import SMALL, Search
+from helixd.plan.search.regions import regions
+from helixd.plan.search.repair import improve
+from helixd.plan.search.stages import best_cover, cover, few_kinds, kinds_of, lay_out
 
 # Where nothing is to be saved by a worse plan, plans this close to the best are told apart by the bytes they move.
 _SAME = 0.005

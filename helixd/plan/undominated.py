@@ -6,10 +6,10 @@ A token crosses every stage one after another, so depth is latency; flow is what
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from helixd.plan.cluster.spec import ClusterSpec
 from helixd.plan.holding import Holding
 from helixd.plan.predict import stages
-from helixd.plan.search import Candidate, Search
-from helixd.plan.spec import ClusterSpec
+from helixd.plan.search.methods import Candidate, Search
 
 # Plans closer than this in flow are one point: the shallower.
 _SAME_FLOW = 0.005

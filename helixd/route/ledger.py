@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from helixd.errors import OutOfKv
 from helixd.ids import Attempt, NodeId, SequenceId
-from helixd.plan.spec import COORDINATOR
+from helixd.plan.cluster.spec import COORDINATOR
 
 _FIRST = Attempt(0)
 _Key = tuple[SequenceId, Attempt]

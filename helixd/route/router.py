@@ -11,8 +11,8 @@ from itertools import pairwise
 from helixd.errors import NoRoute
 from helixd.ids import Attempt, NodeId, SequenceId
 from helixd.layers import LayerRange
+from helixd.plan.cluster.spec import COORDINATOR
 from helixd.plan.plan import Plan
-from helixd.plan.spec import COORDINATOR
 from helixd.route.choosers import FlowShares, HopChooser
 from helixd.route.ledger import KvLedger
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from helixd.errors import NoRoute
 from helixd.ids import Attempt, NodeId, SequenceId
+from helixd.plan.cluster.spec import COORDINATOR, ClusterSpec
 from helixd.plan.plan import Plan
-from helixd.plan.spec import COORDINATOR, ClusterSpec
 from helixd.route.admission import AdmissionQueue
 from helixd.route.choosers import FixedRoundRobin, FlowShares, HopChooser, RandomHop, ShortestQueue, Swarm
 from helixd.route.expectation import OutputLength

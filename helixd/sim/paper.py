@@ -10,9 +10,9 @@ from math import ceil
 
 from helixd.errors import HelixError
 from helixd.ids import NodeId
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.spec import COORDINATOR, BatchLimits, ClusterSpec
+from helixd.plan.graph.flow import FlowModel
 from helixd.plan.plan import Plan
-from helixd.plan.spec import COORDINATOR, BatchLimits, ClusterSpec
 from helixd.route.choosers import HopChooser, RandomHop, ShortestQueue, Swarm
 from helixd.sim.job import Job, Request
 from helixd.sim.load import Lengths, Load, Offline

@@ -5,7 +5,7 @@ from math import inf
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.spec import BatchLimits
+from helixd.plan.cluster.spec import BatchLimits
 from helixd.sim.job import Job
 from helixd.sim.times import COPY_S_PER_BYTE, LayerTimes
 from helixd.sim.wires import Wire

@@ -11,8 +11,8 @@ from random import Random
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.flow import Flow, FlowModel, node_capacity
-from helixd.plan.spec import COORDINATOR, ClusterSpec
+from helixd.plan.cluster.spec import COORDINATOR, ClusterSpec
+from helixd.plan.graph.flow import Flow, FlowModel, node_capacity
 from helixd.sim.job import Job, Request
 from helixd.sim.preflow import preflow_push
 from helixd.sim.wires import Edge, Wire

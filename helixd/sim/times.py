@@ -1,7 +1,7 @@
 """How long a layer takes on a node, looked up fast: tables by whole numbers of tokens and sequences."""
 
-from helixd.plan.profile import Points, layer_time_s
-from helixd.plan.spec import NodeProfile
+from helixd.plan.cluster.profile import Points, layer_time_s
+from helixd.plan.cluster.spec import NodeProfile
 
 # Copying an activation to the device and back off it: bytes/s each way, as the paper's simulator has it.
 COPY_S_PER_BYTE = 1 / 4e9 + 1 / 5e9

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from helixd.ids import NodeId
-from helixd.plan.spec import COORDINATOR, ClusterSpec
+from helixd.plan.cluster.spec import COORDINATOR, ClusterSpec
 from helixd.sim.job import Job
 from helixd.sim.world import World
 

@@ -7,9 +7,9 @@ import msgspec
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
+from helixd.plan.cluster.spec import ClusterSpec
 from helixd.plan.plan import Plan
 from helixd.plan.replan import Option
-from helixd.plan.spec import ClusterSpec
 from helixd.plan.undominated import FrontierPoint
 
 DEFAULT_MEMORY_BYTES = 4 << 30

@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 
 from helixd.ids import Incarnation, PeerId
-from helixd.plan.spec import COORDINATOR
+from helixd.plan.cluster.spec import COORDINATOR
 from helixd.protocol import messages as m
 from helixd.protocol import versions
 from helixd.protocol.codec import from_frame, to_frame

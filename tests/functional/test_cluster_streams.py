@@ -11,7 +11,7 @@ from helixd.coordinator.generation import Refused
 from helixd.coordinator.planning import ModelSizes, PlanningOptions
 from helixd.engine.engine import PAGE_TOKENS
 from helixd.model.config import load_config
-from helixd.plan.spec import WorkloadSpec
+from helixd.plan.cluster.spec import WorkloadSpec
 from helixd.sampling import SamplingParams
 from tests.cluster import GREEDY, Cluster, Outcome, cluster, take
 from tests.families import exact_checkpoint, make_checkpoint, reference

@@ -19,7 +19,7 @@ import pytest
 from helixd import daemon
 from helixd.emulation.hollow import write_hollow_checkpoint
 from helixd.exits import Exit
-from helixd.plan.clusterfile import parse_cluster
+from helixd.plan.cluster.clusterfile import parse_cluster
 from tests.daemons import Daemons, completion, daemons
 from tests.functional.test_emulation import NODES, cluster_file
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from helixd.emulation.hollow import write_hollow_checkpoint
-from helixd.plan.clusterfile import parse_cluster
+from helixd.plan.cluster.clusterfile import parse_cluster
 from tests.daemons import Daemons, completion, daemons
 
 LAYERS = 6

@@ -17,7 +17,7 @@ import uvloop
 from helixd.emulation.hollow import write_hollow_checkpoint
 from helixd.errors import PeerLost
 from helixd.exits import Exit
-from helixd.plan.clusterfile import parse_cluster
+from helixd.plan.cluster.clusterfile import parse_cluster
 from helixd.tls import KeyPair, PeerTls
 from helixd.wire.endpoint import Endpoint
 from helixd.wire.errors import AuthRejected

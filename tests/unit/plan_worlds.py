@@ -8,7 +8,7 @@ import pytest
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.spec import COORDINATOR, ClusterSpec, LinkSpec, ModelSpec, NodeProfile, NodeSpec, WorkloadSpec
+from helixd.plan.cluster.spec import COORDINATOR, ClusterSpec, LinkSpec, ModelSpec, NodeProfile, NodeSpec, WorkloadSpec
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "clusters"
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.spec import BatchLimits, ClusterSpec, NodeSpec, WorkloadSpec
+from helixd.plan.graph.flow import FlowModel
+from helixd.plan.graph.schedule import schedule_of
 from helixd.plan.plan import Plan
-from helixd.plan.schedule import schedule_of
-from helixd.plan.spec import BatchLimits, ClusterSpec, NodeSpec, WorkloadSpec
 from helixd.sim.load import Lengths
 from tests.unit.plan_worlds import cluster, full_mesh, node, ranges
 

@@ -15,8 +15,8 @@ from helixd.coordinator.sequence import Arrival, Broken, Lease
 from helixd.errors import NoRoute
 from helixd.ids import Epoch, NodeId, SequenceId
 from helixd.layers import LayerRange
+from helixd.plan.cluster.spec import COORDINATOR
 from helixd.plan.plan import Hop, Plan
-from helixd.plan.spec import COORDINATOR
 from helixd.route.admission import QueueFull
 from helixd.route.router import Router
 

@@ -8,8 +8,8 @@ from helixd.coordinator.fleet import Fleet, Peer
 from helixd.coordinator.planning import ModelSizes
 from helixd.ids import Epoch, Incarnation, NodeId, PeerId
 from helixd.layers import LayerRange
+from helixd.plan.cluster.spec import COORDINATOR
 from helixd.plan.plan import Hop, Plan
-from helixd.plan.spec import COORDINATOR
 from helixd.protocol import messages as m
 from helixd.protocol import versions
 from helixd.protocol.codec import from_frame

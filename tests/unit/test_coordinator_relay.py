@@ -9,8 +9,8 @@ from helixd.coordinator.fleet import Fleet, LinkFact, Peer
 from helixd.coordinator.relay import SMALL_BYTES, Relay, node_links, relay_notes, relayable, relayed_fact, used_pairs
 from helixd.errors import PeerLost
 from helixd.ids import Incarnation, NodeId, PeerId
+from helixd.plan.cluster.spec import COORDINATOR
 from helixd.plan.plan import Hop, Plan
-from helixd.plan.spec import COORDINATOR
 from helixd.protocol import messages as m
 from helixd.protocol import versions
 from helixd.protocol.codec import to_frame

@@ -14,8 +14,8 @@ from helixd.coordinator.relay import Pair
 from helixd.coordinator.replanning import Replanner, ReplanOptions
 from helixd.ids import NodeId, PeerId
 from helixd.layers import LayerRange
+from helixd.plan.cluster.spec import COORDINATOR
 from helixd.plan.plan import Hop, Infeasible, Plan
-from helixd.plan.spec import COORDINATOR
 from helixd.solver.process import PlannerFailed
 from tests.unit.plan_worlds import ranges
 

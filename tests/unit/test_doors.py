@@ -28,6 +28,13 @@ MAY = {
     "emulation": {"engine", "model", "plan", "worker"},
     "commands": {"plan", "sim", "solver", "model", "config", "exits"},
 }
+# The same inside the planner: what a part of it may import of `helixd.plan`.
+INSIDE_PLAN = {
+    "cluster": {"cluster"},
+    "graph": {"cluster", "graph", "plan"},
+    "search": {"cluster", "graph", "search", "plan", "bounds", "holding", "milp", "predict"},
+    "baselines": {"cluster", "graph", "baselines", "plan", "holding", "milp", "judge"},
+}
 CLOCKS = {"time", "datetime", "asyncio", "threading", "socket", "subprocess", "aiohttp", "uvloop", "torch"}
 NEVER = {
     "plan": CLOCKS,
@@ -73,6 +80,15 @@ def test_imports_point_one_way(room: str) -> None:
             if name.startswith("helixd.") and name != "helixd.__version__":
                 other = name.split(".")[1]
                 assert other in allowed, f"{path.relative_to(ROOT)} imports {name}: {room} may not know {other}"
+
+
+@pytest.mark.parametrize("part", sorted(INSIDE_PLAN))
+def test_the_planners_parts_point_one_way(part: str) -> None:
+    for path in (ROOT / "plan" / part).rglob("*.py"):
+        for name in imports(path):
+            words = name.split(".")
+            if words[:2] == ["helixd", "plan"] and words[2:]:
+                assert words[2] in INSIDE_PLAN[part], f"{path.relative_to(ROOT)} imports {name}"
 
 
 @pytest.mark.parametrize("room", sorted(NEVER))

@@ -11,12 +11,12 @@ from helixd.ids import NodeId
 from helixd.layers import LayerRange
 from helixd.plan.baselines import BASELINES, baseline_plan
 from helixd.plan.baselines.layout import even_cuts
-from helixd.plan.clusterfile import parse_cluster
-from helixd.plan.exhaustive import best_of_all
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.clusterfile import parse_cluster
+from helixd.plan.cluster.spec import ClusterSpec, NodeSpec
+from helixd.plan.graph.flow import FlowModel
 from helixd.plan.holding import Holding
 from helixd.plan.plan import Infeasible
-from helixd.plan.spec import ClusterSpec, NodeSpec
+from helixd.plan.search.exhaustive import best_of_all
 from tests.unit.plan_worlds import cluster, equal_nodes, full_mesh, node, shared_clusters
 
 PUBLISHED = [

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from helixd.layers import LayerRange
-from helixd.plan.clusterfile import ClusterFileError, parse_cluster
+from helixd.plan.cluster.clusterfile import ClusterFileError, parse_cluster
 from tests.unit.plan_worlds import shared_clusters
 
 TOML = """

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from helixd.plan import clusterfile
-from helixd.plan.clusterfile import FORMAT, ClusterFileError, parse_cluster, unknown_keys
-from helixd.plan.spec import ClusterSpec, LayerWork, ModelSpec
+from helixd.plan.cluster import clusterfile
+from helixd.plan.cluster.clusterfile import FORMAT, ClusterFileError, parse_cluster, unknown_keys
+from helixd.plan.cluster.spec import ClusterSpec, LayerWork, ModelSpec
 
 HOME: dict[str, Any] = {
     "format": FORMAT,

@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helixd.plan.columns import StageColumns
-from helixd.plan.cover import least_cover
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.spec import ClusterSpec
+from helixd.plan.graph.flow import FlowModel
 from helixd.plan.holding import Holding
-from helixd.plan.lanes import LaneStage, lanes_of, lay_out_lanes
 from helixd.plan.planner import plan_cluster
-from helixd.plan.spec import ClusterSpec
-from helixd.plan.stages import kinds_of
+from helixd.plan.search.columns import StageColumns
+from helixd.plan.search.cover import least_cover
+from helixd.plan.search.lanes import LaneStage, lanes_of, lay_out_lanes
+from helixd.plan.search.stages import kinds_of
 from tests.unit.plan_worlds import cluster, equal_nodes, node
 
 

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helixd.plan.bounds import capacity_bound, pattern_bound
-from helixd.plan.clusterfile import parse_cluster
-from helixd.plan.crossings import cannot_cross
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.clusterfile import parse_cluster
+from helixd.plan.cluster.spec import COORDINATOR, ClusterSpec, LinkSpec
+from helixd.plan.graph.flow import FlowModel
 from helixd.plan.holding import Holding
 from helixd.plan.planner import plan_cluster
-from helixd.plan.spec import COORDINATOR, ClusterSpec, LinkSpec
+from helixd.plan.search.crossings import cannot_cross
 from tests.unit.plan_worlds import cluster, node, shared_clusters
 
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.clusterfile import parse_cluster
-from helixd.plan.flow import FlowModel, node_capacity
-from helixd.plan.schedule import schedule_of
-from helixd.plan.spec import COORDINATOR, ClusterSpec, LinkSpec
+from helixd.plan.cluster.clusterfile import parse_cluster
+from helixd.plan.cluster.spec import COORDINATOR, ClusterSpec, LinkSpec
+from helixd.plan.graph.flow import FlowModel, node_capacity
+from helixd.plan.graph.schedule import schedule_of
 from tests.unit.plan_worlds import cluster, equal_nodes, node, ranges, shared_clusters, without_links
 
 

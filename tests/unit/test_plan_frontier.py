@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from helixd.plan.clusterfile import parse_cluster
-from helixd.plan.cover import least_cover
+from helixd.plan.cluster.clusterfile import parse_cluster
 from helixd.plan.frontier import Depth, fewest_stages, frontier, pareto
 from helixd.plan.holding import Holding
+from helixd.plan.search.cover import least_cover
 from tests.unit.plan_worlds import cluster, equal_nodes, node, shared_clusters
 
 

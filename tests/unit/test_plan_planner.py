@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.clusterfile import parse_cluster
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.clusterfile import parse_cluster
+from helixd.plan.cluster.spec import COORDINATOR, ClusterSpec, LinkSpec, NodeSpec
+from helixd.plan.graph.flow import FlowModel
 from helixd.plan.holding import Holding
 from helixd.plan.plan import Infeasible, Plan, Progress
 from helixd.plan.planner import plan_cluster
-from helixd.plan.spec import COORDINATOR, ClusterSpec, LinkSpec, NodeSpec
 from tests.unit.plan_worlds import cluster, equal_nodes, full_mesh, node, shared_clusters, without_links
 
 

@@ -7,13 +7,13 @@ import pytest
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.clusterfile import parse_cluster
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.clusterfile import parse_cluster
+from helixd.plan.cluster.spec import COORDINATOR, ClusterSpec, NodeSpec
+from helixd.plan.graph.flow import FlowModel
+from helixd.plan.graph.schedule import schedule_of
 from helixd.plan.holding import Holding
 from helixd.plan.plan import Plan
 from helixd.plan.predict import HELIXD, PAPER, Prediction, Rules, predict, stages
-from helixd.plan.schedule import schedule_of
-from helixd.plan.spec import COORDINATOR, ClusterSpec, NodeSpec
 from helixd.sim.helixd import HelixdPolicy
 from helixd.sim.load import Lengths, Offline
 from tests.unit.plan_worlds import cluster, full_mesh, node, ranges, shared_clusters

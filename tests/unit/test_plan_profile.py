@@ -3,15 +3,15 @@ import json
 import pytest
 
 from helixd.ids import NodeId
-from helixd.plan.clusterfile import parse_cluster
-from helixd.plan.profile import (
+from helixd.plan.cluster.clusterfile import parse_cluster
+from helixd.plan.cluster.profile import (
     NodeMeasurement,
     TypeTimes,
     derive_throughput,
     layer_time_s,
     profiles_from_measurements,
 )
-from helixd.plan.spec import ModelSpec, WorkloadSpec
+from helixd.plan.cluster.spec import ModelSpec, WorkloadSpec
 from tests.unit.plan_worlds import shared_clusters
 
 

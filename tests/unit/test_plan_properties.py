@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.chains import pipelines
-from helixd.plan.exhaustive import best_of_all
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.spec import COORDINATOR, ClusterSpec, LinkSpec, NodeSpec
 from helixd.plan.frontier import frontier
+from helixd.plan.graph.flow import FlowModel
 from helixd.plan.holding import Holding
 from helixd.plan.plan import Infeasible
 from helixd.plan.planner import plan_cluster
-from helixd.plan.repair import improve
 from helixd.plan.replan import replan
-from helixd.plan.search import Search
-from helixd.plan.spec import COORDINATOR, ClusterSpec, LinkSpec, NodeSpec
+from helixd.plan.search.chains import pipelines
+from helixd.plan.search.exhaustive import best_of_all
+from helixd.plan.search.methods import Search
+from helixd.plan.search.repair import improve
 from tests.unit.plan_worlds import cluster, full_mesh, node
 
 SOURCE, SINK = "source", "sink"

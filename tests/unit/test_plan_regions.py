@@ -1,11 +1,11 @@
 import pytest
 
 from helixd.ids import NodeId
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.spec import COORDINATOR, ClusterSpec, LinkSpec, NodeSpec
+from helixd.plan.graph.flow import FlowModel
 from helixd.plan.holding import Holding
 from helixd.plan.planner import plan_cluster
-from helixd.plan.regions import islands, part_of, pods, regions
-from helixd.plan.spec import COORDINATOR, ClusterSpec, LinkSpec, NodeSpec
+from helixd.plan.search.regions import islands, part_of, pods, regions
 from tests.unit.plan_worlds import cluster, equal_nodes
 
 

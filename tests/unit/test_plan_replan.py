@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.clusterfile import parse_cluster
-from helixd.plan.cover import CoverSearch, least_cover
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.clusterfile import parse_cluster
+from helixd.plan.cluster.spec import ClusterSpec, ModelSpec
+from helixd.plan.graph.flow import FlowModel
 from helixd.plan.holding import Holding
 from helixd.plan.moves import load_bytes, relabelled, reordered, total_bytes
 from helixd.plan.plan import Infeasible
 from helixd.plan.planner import plan_cluster
 from helixd.plan.replan import Replan, lost, replan
-from helixd.plan.spec import ClusterSpec, ModelSpec
+from helixd.plan.search.cover import CoverSearch, least_cover
 from tests.unit.plan_worlds import cluster, equal_nodes, node, ranges, shared_clusters, without_links
 
 MODEL = ModelSpec("m", 10, 100.0, 1.0, 1.0, embedding_bytes=7.0, head_bytes=3.0)

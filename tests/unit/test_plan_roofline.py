@@ -6,11 +6,11 @@ from statistics import median
 
 import pytest
 
-from helixd.plan.clusterfile import parse_cluster
-from helixd.plan.hardware import HARDWARE, find_hardware, near_names
-from helixd.plan.profile import layer_time_s
-from helixd.plan.roofline import estimate
-from helixd.plan.spec import LayerWork, ModelSpec, WorkloadSpec
+from helixd.plan.cluster.clusterfile import parse_cluster
+from helixd.plan.cluster.hardware import HARDWARE, find_hardware, near_names
+from helixd.plan.cluster.profile import layer_time_s
+from helixd.plan.cluster.roofline import estimate
+from helixd.plan.cluster.spec import LayerWork, ModelSpec, WorkloadSpec
 from tests.unit.plan_worlds import shared_clusters
 
 # What the docs promise: no estimate is further off than this, and the middle one is close.

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
 from helixd.plan import milp
-from helixd.plan.arrange import Arrangement, stages_of
 from helixd.plan.bounds import capacity_bound, pattern_bound
-from helixd.plan.clusterfile import parse_cluster
-from helixd.plan.cover import CoverSearch, least_cover
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.clusterfile import parse_cluster
+from helixd.plan.cluster.spec import COORDINATOR, ClusterSpec, LinkSpec, NodeSpec
+from helixd.plan.graph.flow import FlowModel
 from helixd.plan.holding import Holding
 from helixd.plan.planner import plan_cluster
-from helixd.plan.spec import COORDINATOR, ClusterSpec, LinkSpec, NodeSpec
-from helixd.plan.stages import best_cover, cover, few_kinds, kinds_of, lay_out
+from helixd.plan.search.arrange import Arrangement, stages_of
+from helixd.plan.search.cover import CoverSearch, least_cover
+from helixd.plan.search.stages import best_cover, cover, few_kinds, kinds_of, lay_out
 from tests.unit.plan_worlds import cluster, equal_nodes, node, shared_clusters
 
 

@@ -2,8 +2,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helixd.layers import LayerRange
-from helixd.plan.flow import FlowModel
-from helixd.plan.survival import survives_one_loss
+from helixd.plan.graph.flow import FlowModel
+from helixd.plan.graph.survival import survives_one_loss
 from tests.unit.plan_worlds import cluster, equal_nodes, ranges, without_links
 
 

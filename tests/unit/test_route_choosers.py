@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from helixd.errors import NoRoute
 from helixd.ids import Attempt, NodeId, SequenceId
+from helixd.plan.cluster.spec import COORDINATOR
 from helixd.plan.plan import Hop
-from helixd.plan.spec import COORDINATOR
 from helixd.route.choosers import (
     FixedRoundRobin,
     FlowShares,

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from helixd.errors import NoRoute
 from helixd.ids import Attempt, NodeId, SequenceId
 from helixd.layers import LayerRange
+from helixd.plan.cluster.spec import COORDINATOR
 from helixd.plan.plan import Hop, Plan
-from helixd.plan.spec import COORDINATOR
 from helixd.route.choosers import FlowShares
 from helixd.route.ledger import KvLedger
 from helixd.route.router import Route, Router

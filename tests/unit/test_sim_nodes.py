@@ -4,7 +4,7 @@ import pytest
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.spec import COORDINATOR, BatchLimits
+from helixd.plan.cluster.spec import COORDINATOR, BatchLimits
 from helixd.sim.job import Job, Request
 from helixd.sim.paper_node import LayerwiseNode
 from helixd.sim.stage_node import StageNode, StepLimits

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from helixd.config.sections import EngineConfig
 from helixd.coordinator import admission as coordinator
 from helixd.ids import NodeId
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.spec import COORDINATOR
+from helixd.plan.graph.flow import FlowModel
+from helixd.plan.graph.schedule import schedule_of
 from helixd.plan.plan import Hop, Plan
-from helixd.plan.schedule import schedule_of
-from helixd.plan.spec import COORDINATOR
 from helixd.sim.helixd import CHOOSERS, HelixdPolicy, Simulation
 from helixd.sim.job import Request
 from helixd.sim.load import Lengths, Load, Offline, Online, Trace

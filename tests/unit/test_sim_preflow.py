@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helixd.plan.flow import FlowModel
-from helixd.plan.network import Network
+from helixd.plan.graph.flow import FlowModel
+from helixd.plan.graph.network import Network
 from helixd.sim.paper_schedule import scheduled_flow
 from helixd.sim.preflow import preflow_push
 from tests.unit.plan_worlds import ranges

@@ -8,10 +8,10 @@ import pytest
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.clusterfile import parse_cluster
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.clusterfile import parse_cluster
+from helixd.plan.graph.flow import FlowModel
+from helixd.plan.graph.schedule import schedule_of
 from helixd.plan.plan import Plan
-from helixd.plan.schedule import schedule_of
 from helixd.sim.helixd import HelixdPolicy
 from helixd.sim.load import Lengths, Offline
 from helixd.sim.paper import PaperPolicy

@@ -1,5 +1,5 @@
 from helixd.ids import NodeId
-from helixd.plan.spec import COORDINATOR
+from helixd.plan.cluster.spec import COORDINATOR
 from helixd.sim.job import Job, Request
 from helixd.sim.wires import Wire
 from helixd.sim.world import World, run_window

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.spec import ClusterSpec
+from helixd.plan.graph.flow import FlowModel
 from helixd.plan.plan import Plan
-from helixd.plan.spec import ClusterSpec
 from helixd.solver.job import Doing, Job
 from helixd.solver.process import PlannerFailed, solve
 from tests.unit.plan_worlds import cluster, node

@@ -13,10 +13,10 @@ import msgspec
 import pytest
 
 from helixd.layers import LayerRange
+from helixd.plan.cluster.spec import ClusterSpec
 from helixd.plan.holding import Holding
 from helixd.plan.judge import current_plan
 from helixd.plan.plan import Infeasible
-from helixd.plan.spec import ClusterSpec
 from helixd.solver import process
 from helixd.solver.job import AnyAnswer, Doing, Failed, Found, Job
 from helixd.solver.process import COMMAND, PlannerFailed, solve

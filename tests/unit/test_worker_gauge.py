@@ -4,7 +4,7 @@ import pytest
 
 from helixd.engine.types import LayerTimes
 from helixd.layers import LayerRange
-from helixd.plan.profile import layer_time_s
+from helixd.plan.cluster.profile import layer_time_s
 from helixd.wire.goodput import FRESH_S as LINK_FRESH_S
 from helixd.wire.goodput import LEAST_BYTES, LEAST_S, SKIPPED_BYTES, Goodput
 from helixd.worker.gauge import FADE_S, FRESH_S, KEPT, LEAST_STEPS, Slowdown, SpeedGauge

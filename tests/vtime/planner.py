@@ -8,10 +8,10 @@ from itertools import permutations
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.spec import ClusterSpec, NodeSpec
+from helixd.plan.graph.flow import FlowModel
+from helixd.plan.graph.schedule import schedule_of
 from helixd.plan.plan import Infeasible, Plan
-from helixd.plan.schedule import schedule_of
-from helixd.plan.spec import ClusterSpec, NodeSpec
 
 
 def quick_plan(spec: ClusterSpec) -> Plan:

@@ -12,12 +12,12 @@ from helixd.coordinator.figures import CoordinatorFigures
 from helixd.coordinator.planning import PlanningOptions
 from helixd.ids import NodeId, PeerId
 from helixd.layers import LayerRange
+from helixd.plan.cluster.spec import ClusterSpec
 from helixd.plan.holding import Holding
 from helixd.plan.judge import in_force as judged
 from helixd.plan.plan import Plan
 from helixd.plan.planner import plan_cluster
 from helixd.plan.replan import replan
-from helixd.plan.spec import ClusterSpec
 from tests.vtime.invariants import settle
 from tests.vtime.world import COORDINATOR, World, world
 

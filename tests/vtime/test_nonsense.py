@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from helixd.errors import PeerLost
 from helixd.ids import Incarnation, PeerId
-from helixd.plan.spec import COORDINATOR
+from helixd.plan.cluster.spec import COORDINATOR
 from helixd.protocol import messages as m
 from helixd.protocol import versions
 from helixd.protocol.codec import MESSAGE_TYPES, ProtocolError, from_frame, to_frame

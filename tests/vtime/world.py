@@ -21,8 +21,8 @@ from helixd.coordinator.replanning import ReplanOptions
 from helixd.ids import Epoch, Incarnation, NodeId, PeerId
 from helixd.layers import LayerRange
 from helixd.model.sizes import embedding_bytes, head_bytes
+from helixd.plan.cluster.spec import ClusterSpec, WorkloadSpec
 from helixd.plan.plan import Plan
-from helixd.plan.spec import ClusterSpec, WorkloadSpec
 from helixd.wire.link import Link
 from helixd.wire.memory import MemoryEndpoint, MemoryNetwork
 from helixd.wire.memory_link import LinkConditions, MemoryLink

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 from helixd.plan.baselines import homogeneous, milp, petals, separate, swarm
 from helixd.plan.baselines.layout import Layout
+from helixd.plan.cluster.spec import ClusterSpec
 from helixd.plan.holding import Holding
 from helixd.plan.judge import judged
 from helixd.plan.plan import Infeasible, Plan
-from helixd.plan.spec import ClusterSpec
 
 Place = Callable[[Holding, int, float], Layout]
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
+from helixd.plan.cluster.spec import COORDINATOR, LinkSpec, NodeSpec
 from helixd.plan.holding import Holding
-from helixd.plan.spec import COORDINATOR, LinkSpec, NodeSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ is something to compare with, and a cross-check of the other methods.
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
 from helixd.plan.baselines.layout import Layout
-from helixd.plan.flow import FlowModel, node_capacity
+from helixd.plan.cluster.spec import COORDINATOR
+from helixd.plan.graph.flow import FlowModel, node_capacity
 from helixd.plan.holding import Holding
 from helixd.plan.milp import Program, solve
 from helixd.plan.plan import Infeasible
-from helixd.plan.spec import COORDINATOR
 
 MAX_NODES = 12
 

@@ -8,9 +8,9 @@ from random import Random
 
 from helixd.layers import LayerRange
 from helixd.plan.baselines.layout import Layout, throughput
+from helixd.plan.cluster.spec import NodeSpec
 from helixd.plan.holding import Holding
 from helixd.plan.plan import Infeasible
-from helixd.plan.spec import NodeSpec
 
 _ROUNDS = 10
 # A move must gain as much, so that nodes do not move for ever.

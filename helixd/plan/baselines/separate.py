@@ -7,9 +7,9 @@ make one pipeline; a second one is made of the next nodes, and what is left over
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
 from helixd.plan.baselines.layout import Layout, even_cuts, within_groups
+from helixd.plan.cluster.spec import NodeSpec
 from helixd.plan.holding import Holding
 from helixd.plan.plan import Infeasible
-from helixd.plan.spec import NodeSpec
 
 
 def place(holding: Holding, seed: int, time_limit_s: float) -> Layout:

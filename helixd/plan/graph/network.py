@@ -1,7 +1,7 @@
 """Max flow on a small directed network: Dinic's algorithm on floats.
 
-Knows vertices as integers and capacities as numbers; what they stand for is `helixd.plan.flow`'s business. Exact up
-to `eps`, the capacity below which an arc counts as full.
+Knows vertices as integers and capacities as numbers; what they stand for is `helixd.plan.graph.flow`'s business.
+Exact up to `eps`, the capacity below which an arc counts as full.
 """
 
 from collections import deque

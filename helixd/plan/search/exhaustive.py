@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.flow import FlowModel, node_capacity
+from helixd.plan.cluster.spec import COORDINATOR
+from helixd.plan.graph.flow import FlowModel, node_capacity
 from helixd.plan.holding import Holding
-from helixd.plan.spec import COORDINATOR
 
 _MAX_PLACEMENTS = 250_000
 _MAX_FLOWS = 4000

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.network import Network
-from helixd.plan.spec import COORDINATOR, ClusterSpec, NodeSpec
-from helixd.plan.spread import shared_paths
+from helixd.plan.cluster.spec import COORDINATOR, ClusterSpec, NodeSpec
+from helixd.plan.graph.network import Network
+from helixd.plan.graph.spread import shared_paths
 
 Placement = Mapping[NodeId, LayerRange]
 Edge = tuple[NodeId, NodeId]

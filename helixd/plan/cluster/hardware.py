@@ -4,7 +4,7 @@ Figures as vendors' datasheets and white papers give them, rounded. Dense rates 
 sparsity), matrix units with 32-bit accumulation where the vendor tells them apart: a GeForce card from the 30 series on
 then has twice its 32-bit rate. Vendors of unified-memory chips and of processors publish no rate: cores x base clock x
 operations per cycle (16 FP32 lanes of AVX-512 are 32 operations per unit, an AMX core does 1024 in bfloat16). Nothing
-here was measured: four devices were held against published layer times (see `helixd.plan.roofline`).
+here was measured: four devices were held against published layer times (see `helixd.plan.cluster.roofline`).
 """
 
 import difflib

@@ -9,9 +9,9 @@ from random import Random
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.flow import FlowModel, node_capacity
+from helixd.plan.cluster.spec import COORDINATOR
+from helixd.plan.graph.flow import FlowModel, node_capacity
 from helixd.plan.holding import Holding
-from helixd.plan.spec import COORDINATOR
 
 _STEPS = 20_000
 

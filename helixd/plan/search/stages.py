@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
 from helixd.plan import milp
-from helixd.plan.flow import node_capacity
+from helixd.plan.graph.flow import node_capacity
 from helixd.plan.holding import Holding
 
 _MAX_PATTERNS = 6000

@@ -1,4 +1,4 @@
-"""Layer times as a function that is asked often: `helixd.plan.profile.layer_time_s`, looked up faster."""
+"""Layer times as a function that is asked often: `helixd.plan.cluster.profile.layer_time_s`, looked up faster."""
 
 from bisect import bisect_left
 from collections.abc import Sequence

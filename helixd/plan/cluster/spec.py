@@ -15,7 +15,7 @@ COORDINATOR = NodeId("coordinator")
 
 @dataclass(frozen=True, slots=True)
 class LayerWork:
-    """What one layer asks of a device, for estimates (see `helixd.plan.roofline`).
+    """What one layer asks of a device, for estimates (see `helixd.plan.cluster.roofline`).
 
     `kv_bytes_per_token`: K and V of one token. Of a mixture of experts, `expert_bytes` of the layer are experts, of
     which a token uses `expert_share`.
@@ -105,7 +105,7 @@ class LinkSpec:
 
 @dataclass(frozen=True, slots=True)
 class WorkloadSpec:
-    """Mean request lengths and what the paper's derivation of T(j) needs (see `helixd.plan.profile`).
+    """Mean request lengths and what the paper's derivation of T(j) needs (see `helixd.plan.cluster.profile`).
 
     `min_kv_tokens`: KV room that every node must keep for each layer it holds, in tokens.
     """

@@ -5,12 +5,12 @@ Budgets count moves, so that a seed gives the same placements on any machine.
 
 from collections.abc import Callable, Sequence
 
-from helixd.plan.arrange import Arrangement, stages_of
-from helixd.plan.candidates import Candidates
-from helixd.plan.flow import FlowModel
+from helixd.plan.graph.flow import FlowModel
 from helixd.plan.holding import Holding
-from helixd.plan.repair import improve
-from helixd.plan.structures import SMALL, Structure
+from helixd.plan.search.arrange import Arrangement, stages_of
+from helixd.plan.search.candidates import Candidates
+from helixd.plan.search.repair import improve
+from helixd.plan.search.structures import SMALL, Structure
 
 _FIRST_MOVES = 8_000
 _MOVES_PER_S = 40_000

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from helixd.ids import NodeId
-from helixd.plan.spec import ModelSpec, NodeProfile, WorkloadSpec
+from helixd.plan.cluster.spec import ModelSpec, NodeProfile, WorkloadSpec
 
 Points = Sequence[tuple[float, float]]
 

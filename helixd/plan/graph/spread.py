@@ -7,7 +7,7 @@ load over its capacity and a link a fraction of that. A greedy rule: what it can
 from collections.abc import Mapping
 
 from helixd.ids import NodeId
-from helixd.plan.spec import COORDINATOR
+from helixd.plan.cluster.spec import COORDINATOR
 
 Edge = tuple[NodeId, NodeId]
 

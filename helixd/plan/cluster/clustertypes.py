@@ -8,11 +8,11 @@ more or less a layer has to do, and are estimates from then on.
 from dataclasses import replace
 from typing import NoReturn
 
-from helixd.plan.filetable import ClusterFileError, Table
-from helixd.plan.hardware import HARDWARE, Hardware, find_hardware, near_names
-from helixd.plan.profile import NodeMeasurement, TypeTimes, derive_throughput, kv_rooms
-from helixd.plan.roofline import estimate
-from helixd.plan.spec import BatchLimits, LayerWork, ModelSpec, NodeProfile, WorkloadSpec
+from helixd.plan.cluster.filetable import ClusterFileError, Table
+from helixd.plan.cluster.hardware import HARDWARE, Hardware, find_hardware, near_names
+from helixd.plan.cluster.profile import NodeMeasurement, TypeTimes, derive_throughput, kv_rooms
+from helixd.plan.cluster.roofline import estimate
+from helixd.plan.cluster.spec import BatchLimits, LayerWork, ModelSpec, NodeProfile, WorkloadSpec
 
 
 class Types:

@@ -5,9 +5,9 @@ measured replaces them. Against the published layer times of LLaMA-2 70B on A100
 factor of 1.7 (`tests/unit/test_plan_roofline.py`).
 """
 
-from helixd.plan.hardware import Hardware
-from helixd.plan.profile import NodeMeasurement
-from helixd.plan.spec import LayerWork, ModelSpec, WorkloadSpec
+from helixd.plan.cluster.hardware import Hardware
+from helixd.plan.cluster.profile import NodeMeasurement
+from helixd.plan.cluster.spec import LayerWork, ModelSpec, WorkloadSpec
 
 # What kernels reach of the printed rates: matrix products of a few hundred rows, and reading weights.
 _ARITHMETIC = 0.5

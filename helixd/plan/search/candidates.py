@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
 from helixd.plan.bounds import capacity_bound
-from helixd.plan.flow import Flow, FlowModel
+from helixd.plan.graph.flow import Flow, FlowModel
 from helixd.plan.holding import Holding
 from helixd.plan.predict import Prediction, predict
 

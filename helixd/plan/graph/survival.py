@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.flow import FlowModel
-from helixd.plan.network import Network
-from helixd.plan.spec import COORDINATOR
+from helixd.plan.cluster.spec import COORDINATOR
+from helixd.plan.graph.flow import FlowModel
+from helixd.plan.graph.network import Network
 
 
 def survives_one_loss(flows: FlowModel, placement: Mapping[NodeId, LayerRange]) -> bool:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 from helixd.ids import NodeId
-from helixd.plan.flow import Flow
+from helixd.plan.cluster.spec import COORDINATOR
+from helixd.plan.graph.flow import Flow
 from helixd.plan.plan import Hop
-from helixd.plan.spec import COORDINATOR
 
 
 def schedule_of(flow: Flow) -> Mapping[NodeId, tuple[Hop, ...]]:

@@ -15,9 +15,9 @@ from random import Random
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.flow import FlowModel, node_capacity
+from helixd.plan.cluster.spec import COORDINATOR
+from helixd.plan.graph.flow import FlowModel, node_capacity
 from helixd.plan.holding import Holding
-from helixd.plan.spec import COORDINATOR
 
 # A stage wider than this is judged by a bound on what its links carry, not exactly.
 _EXACT_WIDTH = 6

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.flow import node_capacity
+from helixd.plan.graph.flow import node_capacity
 from helixd.plan.holding import Holding
 
 Placement = dict[NodeId, LayerRange]

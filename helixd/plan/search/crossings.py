@@ -13,9 +13,9 @@ from itertools import combinations
 from helixd.ids import NodeId
 from helixd.plan import milp
 from helixd.plan.bounds import cheapest_pattern
-from helixd.plan.flow import FlowModel, node_capacity
+from helixd.plan.graph.flow import FlowModel, node_capacity
 from helixd.plan.holding import Holding
-from helixd.plan.regions import islands
+from helixd.plan.search.regions import islands
 
 # With more islands than this there are too many sets of them to look at.
 _MOST_ISLANDS = 6

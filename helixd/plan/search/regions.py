@@ -8,9 +8,9 @@ from dataclasses import replace
 from itertools import pairwise
 
 from helixd.ids import NodeId
-from helixd.plan.flow import FlowModel
+from helixd.plan.cluster.spec import COORDINATOR, ClusterSpec
+from helixd.plan.graph.flow import FlowModel
 from helixd.plan.holding import Holding
-from helixd.plan.spec import COORDINATOR, ClusterSpec
 
 # Thin links are at least so many times slower than fat ones.
 _CONTRAST = 4.0

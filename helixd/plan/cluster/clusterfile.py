@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 
 from helixd.ids import NodeId
-from helixd.plan.clustertypes import Types
-from helixd.plan.filetable import ClusterFileError, Table, number_of
-from helixd.plan.spec import (
+from helixd.plan.cluster.clustertypes import Types
+from helixd.plan.cluster.filetable import ClusterFileError, Table, number_of
+from helixd.plan.cluster.spec import (
     COORDINATOR,
     ClusterSpec,
     LayerWork,

@@ -1,6 +1,6 @@
 """Stage covers of large clusters: stages of parallel lanes, made one by one at the prices of a linear program.
 
-With many nodes to a stage there are too many possible stages to list (`helixd.plan.stages` lists them). Column
+With many nodes to a stage there are too many possible stages to list (`helixd.plan.search.stages` lists them). Column
 generation makes only those that pay: the linear program that covers the layers with the stages known so far prices
 the nodes; a stage that is cheaper than what it covers is added, until there is none. Links are not looked at.
 """
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helixd.plan import milp
-from helixd.plan.lanes import Lane, LaneStage, lanes_of
-from helixd.plan.stages import Kind
+from helixd.plan.search.lanes import Lane, LaneStage, lanes_of
+from helixd.plan.search.stages import Kind
 
 _ROUNDS = 60
 # Units that a stage's flow is counted in: some for each of its lanes.

@@ -9,7 +9,7 @@ from random import Random
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.flow import FlowModel
+from helixd.plan.graph.flow import FlowModel
 from helixd.plan.holding import Holding
 
 Placement = dict[NodeId, LayerRange]

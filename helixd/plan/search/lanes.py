@@ -1,7 +1,7 @@
 """Lanes: beside a node that holds all of a stage's layers, a few that hold them one after the other.
 
 Where all nodes of a stage must hold the same layers, what they carry does not add up neatly; lanes let small nodes
-stand beside large ones. Which lanes make a stage is decided in `helixd.plan.columns`.
+stand beside large ones. Which lanes make a stage is decided in `helixd.plan.search.columns`.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from itertools import combinations_with_replacement
 
 from helixd.ids import NodeId
 from helixd.layers import LayerRange
-from helixd.plan.stages import Kind
+from helixd.plan.search.stages import Kind
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,19 +1,19 @@
 """Structures: stages that cover all layers, thick or few, before links are looked at.
 
-Each is added to the candidates as it lies. Where links bind, what they do not feed comes back: `helixd.plan.linking`
-then looks for an order and for nodes that they do feed.
+Each is added to the candidates as it lies. Where links bind, what they do not feed comes back:
+`helixd.plan.search.linking` then looks for an order and for nodes that they do feed.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from helixd.plan.candidates import Candidates, Placement
-from helixd.plan.columns import StageColumns
-from helixd.plan.cover import CoverSearch, least_cover
-from helixd.plan.flow import FlowModel
+from helixd.plan.graph.flow import FlowModel
 from helixd.plan.holding import Holding
-from helixd.plan.lanes import lay_out_lanes
-from helixd.plan.stages import Kind, Stage, best_cover, cover, few_kinds, kinds_of, lay_out
+from helixd.plan.search.candidates import Candidates, Placement
+from helixd.plan.search.columns import StageColumns
+from helixd.plan.search.cover import CoverSearch, least_cover
+from helixd.plan.search.lanes import lay_out_lanes
+from helixd.plan.search.stages import Kind, Stage, best_cover, cover, few_kinds, kinds_of, lay_out
 
 # Clusters of up to so many nodes have few stages to choose from.
 SMALL = 8

@@ -7,17 +7,17 @@ proportion to `effort_s`, so that a seed gives the same candidates on any machin
 from collections.abc import Callable
 
 from helixd.plan.bounds import pattern_bound
-from helixd.plan.candidates import Candidate, Candidates, Placement
-from helixd.plan.chains import pipelines
-from helixd.plan.cover import CoverSearch
-from helixd.plan.crossings import cannot_cross
-from helixd.plan.exhaustive import best_of_all
-from helixd.plan.flow import FlowModel
+from helixd.plan.graph.flow import FlowModel
 from helixd.plan.holding import Holding
-from helixd.plan.linking import Linking
-from helixd.plan.regions import part_of, pods, regions
-from helixd.plan.repair import improve
-from helixd.plan.structures import SMALL, Structure, Structures
+from helixd.plan.search.candidates import Candidate, Candidates, Placement
+from helixd.plan.search.chains import pipelines
+from helixd.plan.search.cover import CoverSearch
+from helixd.plan.search.crossings import cannot_cross
+from helixd.plan.search.exhaustive import best_of_all
+from helixd.plan.search.linking import Linking
+from helixd.plan.search.regions import part_of, pods, regions
+from helixd.plan.search.repair import improve
+from helixd.plan.search.structures import SMALL, Structure, Structures
 
 __all__ = ["LARGE", "SMALL", "Candidate", "Search"]
 
