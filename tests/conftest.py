@@ -6,8 +6,10 @@ daemons want the machine and would disturb one another. Named paths run in one p
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.budget import LONG_VARIABLE
 
@@ -47,16 +49,27 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _turn(item.path))
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            room = _room(item.path)
-            item.add_marker(pytest.mark.xdist_group("chaos" if room == "chaos" else f"{room}/{item.path.stem}"))
 
 
-def _room(path: Path) -> str:
-    return path.relative_to(TESTS).parts[0]
+class ByFile(LoadScopeScheduling):
+    """Files are handed out one by one, in order; parts of a long one that share nothing are files of their own."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return ByFile(config, log)
+
+
+def group(nodeid: str) -> str:
+    """What is to run in one process with the test of this id."""
+    file = nodeid.partition("::")[0]
+    if "tests/chaos/" in file:
+        return "tests/chaos"
+    return nodeid if file.endswith("vtime/test_machine.py") else file
 
 
 def _turn(path: Path) -> int:
-    room = _room(path)
+    room = path.relative_to(TESTS).parts[0]
     return ORDER.index(room) if room in ORDER else len(ORDER)

@@ -14,8 +14,7 @@ import pytest
 
 from tests.budget import LONG
 from tests.certificates import Authority, needs_openssl
-from tests.daemons import Daemons, add_tokenizer, byte_tokenizer, daemons, free_port
-from tests.families import VOCAB, exact_checkpoint, reference_tokens
+from tests.daemons import Daemons, daemons, free_port
 from tests.faults.load import load, until
 from tests.faults.proxy import ChaosProxy, Lane, proxy
 
@@ -59,20 +58,6 @@ class Cables:
         view = self.made.get("/cluster")
         ready = [(node["confirmed"] or {}).get("state") == "ready" and node["load"] for node in view["nodes"]]
         return len(ready) == len(STAGES) and all(ready) and not self.errors
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("cables") / "m"
-    exact_checkpoint("llama2", path, PROMPTS, NEW, 1)
-    add_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def texts(checkpoint: Path) -> list[str]:
-    tokenizer = byte_tokenizer(VOCAB)
-    return [str(tokenizer.decode(reference_tokens(checkpoint, prompt, NEW))) for prompt in PROMPTS]
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.budget import LONG
-from tests.daemons import add_tokenizer, byte_tokenizer
-from tests.families import VOCAB, exact_checkpoint, reference_tokens
 from tests.faults.cluster import HUB, NetDaemons, net_daemons
 from tests.faults.load import load, until
 from tests.faults.namespaces import why_not
@@ -24,20 +22,6 @@ STAGES = {"anat": (0, 3), "aopen": (0, 3), "bnat": (3, 6), "bopen": (3, 6)}
 HIDDEN = ("anat", "bnat")
 HOP_S = 0.005
 DIAL_TIMEOUT_S = 5.0
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("nat") / "m"
-    exact_checkpoint("llama2", path, PROMPTS, NEW, 1)
-    add_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def texts(checkpoint: Path) -> list[str]:
-    tokenizer = byte_tokenizer(VOCAB)
-    return [str(tokenizer.decode(reference_tokens(checkpoint, prompt, NEW))) for prompt in PROMPTS]
 
 
 @pytest.fixture(scope="module")

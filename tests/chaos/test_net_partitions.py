@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.budget import examples
-from tests.daemons import add_tokenizer, byte_tokenizer
-from tests.families import VOCAB, exact_checkpoint, reference_tokens
 from tests.faults.cluster import HUB, NetDaemons, net_daemons
 from tests.faults.load import Load, load, until
 from tests.faults.namespaces import why_not
@@ -33,20 +31,6 @@ HOP_S = 0.006
 REJOIN_S = 10.0
 MARGIN_S = 7.0
 """For computing again, and a busy machine; far less than the step deadline (60 s) or what ends the fault."""
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("partitions") / "m"
-    exact_checkpoint("llama2", path, PROMPTS, NEW, 1)
-    add_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def texts(checkpoint: Path) -> list[str]:
-    tokenizer = byte_tokenizer(VOCAB)
-    return [str(tokenizer.decode(reference_tokens(checkpoint, prompt, NEW))) for prompt in PROMPTS]
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,7 @@ import pytest
 
 from helixd.exits import Exit
 from tests.budget import LONG, examples
-from tests.daemons import Daemons, add_tokenizer, byte_tokenizer, daemons
-from tests.families import VOCAB, exact_checkpoint, reference_tokens
+from tests.daemons import Daemons, daemons
 from tests.faults.load import load, until
 
 pytestmark = pytest.mark.chaos
@@ -33,20 +32,6 @@ HOUR_S = 3600
 YEAR_S = 400 * 86400
 CONNECTIONS = 256
 ASKING_S = examples(4, 60)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sick") / "m"
-    exact_checkpoint("llama2", path, PROMPTS, NEW, 1)
-    add_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def texts(checkpoint: Path) -> list[str]:
-    tokenizer = byte_tokenizer(VOCAB)
-    return [str(tokenizer.decode(reference_tokens(checkpoint, prompt, NEW))) for prompt in PROMPTS]
 
 
 @pytest.fixture(scope="module")

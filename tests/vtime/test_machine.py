@@ -15,7 +15,7 @@ STEPS = 20
 PARTS = 4
 
 
-@pytest.mark.parametrize("part", [pytest.param(n, marks=pytest.mark.xdist_group(f"machine{n}")) for n in range(PARTS)])
+@pytest.mark.parametrize("part", range(PARTS))
 def test_a_cluster_comes_right_again_whatever_happens_to_it(part: int) -> None:
     machine = type(f"Part{part}", (ClusterMachine,), {})
     run_state_machine_as_test(
