@@ -199,7 +199,9 @@ async def test_without_a_worker_a_request_ends_with_a_named_error(checkpoint: Pa
     async with cluster(checkpoint, dict.fromkeys(ranges, ROOM), failover_wait_s=0.3) as made:
         await made.serve(ranges)
         asked = asyncio.ensure_future(made.ask(SHORT[0], 400))
-        await asyncio.sleep(0.1)
+        async with asyncio.timeout(20):
+            while not any(host.engine.kv_pages_used for host in made.units[1].worker.hosts.values()):
+                await asyncio.sleep(0)
         await made.kill(made.units[1])
         outcome = await asked
         assert outcome.failed is not None
