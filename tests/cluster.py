@@ -297,7 +297,10 @@ async def cluster(
 ) -> AsyncIterator[Cluster]:  # fmt: skip
     """Workers by name with their budgets. `planned`: the planner places layers; else use `serve`."""
     base = CoordinatorOptions(
-        replan=ReplanOptions(wait_for_nodes=len(memory_bytes) if planned else NEVER, settle_s=0.05, cooldown_s=0.0),
+        # Once there is a plan, a re-plan waits for nobody: only what settles never is never planned.
+        replan=ReplanOptions(
+            wait_for_nodes=len(memory_bytes) if planned else NEVER, settle_s=0.05 if planned else NEVER, cooldown_s=0.0
+        ),
         planning=PlanningOptions(time_limit_s=5.0, workload=WorkloadSpec(min_kv_tokens=256.0)),
         failover_wait_s=10.0, probe_bytes=64 << 10,
     )  # fmt: skip
