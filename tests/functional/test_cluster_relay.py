@@ -11,6 +11,7 @@ from helixd.coordinator.planning import ModelSizes
 from helixd.errors import PeerLost
 from helixd.ids import PeerId
 from helixd.model.config import load_config
+from helixd.protocol.messages import LinkLost
 from helixd.wire.endpoint import Endpoint
 from helixd.wire.link import Link
 from tests.cluster import Carrier, cluster
@@ -68,4 +69,21 @@ async def test_rows_go_by_the_coordinator_and_come_back_exact(
         assert figures["helixd_relayed_pairs"] == 1
         assert figures["helixd_relayed_bytes_total"] > 0
         assert figures["helixd_relay_dropped_frames_total"] == 0
+        await made.settled()
+
+
+async def test_a_dial_given_up_late_breaks_nothing_that_is_relayed_already(checkpoint: Path, apart: set[str]) -> None:
+    sizes = ModelSizes.of(load_config(checkpoint), "float32")
+    most = sizes.weights_of((0, 1, 2, 5)) + 256 * 4 * sizes.kv_bytes_per_token_layer
+    async with cluster(checkpoint, {"a": most, "b": most}, carrier="sockets", planned=True) as made:
+        asked = [asyncio.ensure_future(made.ask(PROMPTS[0], NEW)) for _ in range(6)]
+        async with asyncio.timeout(20):
+            while made.coordinator.admission.running < len(asked):
+                await asyncio.sleep(0)
+        for unit, other in zip(made.units, ("b", "a"), strict=True):
+            assert unit.worker._session is not None
+            unit.worker._session._post.to_coordinator(LinkLost(other, "no link within 5.0 s"))
+        for answer in await asyncio.gather(*asked):
+            assert answer.tokens == list(reference(checkpoint, tuple(PROMPTS[0]), NEW).tokens)
+            assert answer.retries == 0
         await made.settled()
