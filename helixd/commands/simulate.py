@@ -28,6 +28,12 @@ from helixd.sim.paper import SCHEDULERS, PaperPolicy, SimulationStopped
 from helixd.sim.script import Happening
 
 _WIDE = 160
+
+# What a run may be asked for: beyond it a run would not end, or say anything.
+MOST_TOKENS_PER_S = 1_000_000.0
+MOST_REQUESTS = 100_000
+LEAST_MEASURE_S, MOST_S = 1.0, 1_000_000.0
+
 _POLICIES = (
     "helixd",
     *(f"helixd/{chooser}" for chooser in CHOOSERS if chooser != "flow"),
@@ -78,8 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("requests")
     load = group.add_mutually_exclusive_group()
     load.add_argument("--offline", action="store_true", help="as much work as fits (default)")
-    load.add_argument("--rate", metavar="TOKENS", type=_positive, help="tokens/s that arrive, prompts and output")
-    group.add_argument("--in-flight", metavar="N", type=_whole, help="with --offline: keep so many requests running")
+    load.add_argument("--rate", metavar="TOKENS", type=_rate, help="tokens/s that arrive, prompts and output")
+    group.add_argument("--in-flight", metavar="N", type=_requests, help="with --offline: keep so many requests running")
     group.add_argument("--trace", metavar="FILE", type=Path, help="lengths of requests, perhaps with their arrivals")
     group.add_argument("--arrivals", metavar="FILE", type=Path, help="with --rate: requests per 3 s, for their bursts")
     group = parser.add_argument_group("how it runs")
@@ -87,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--chunk", metavar="TOKENS", type=_whole, help="policy helixd: prompt tokens of one step")
     group.add_argument("--feedback", action="store_true", help="policy helixd: last stage to first stage directly")
     group.add_argument("--warm-up", metavar="S", type=_seconds, help="not measured (default: offline 60, else 0)")
-    group.add_argument("--measure", metavar="S", type=_positive, help="measured (default: offline 600, else 1800)")
+    group.add_argument("--measure", metavar="S", type=_window, help="measured (default: offline 600, else 1800)")
     group.add_argument("--fail", metavar="NODE@S", type=_moment, action="append", default=[], help="a node dies")
     group.add_argument("--join", metavar="NODE@S", type=_moment, action="append", default=[], help="it is back")
     group.add_argument("--seed", metavar="N", type=int, default=0, help="other chance (default 0)")
@@ -242,27 +248,45 @@ class _Line:
             sys.stderr.flush()
 
 
-def _positive(text: str) -> float:
+def _rate(text: str) -> float:
+    value = _number(text)
+    if not 0 < value <= MOST_TOKENS_PER_S:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most {MOST_TOKENS_PER_S:.0f}")
+    return value
+
+
+def _window(text: str) -> float:
     value = _seconds(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("must be above 0")
+    if value < LEAST_MEASURE_S:
+        raise argparse.ArgumentTypeError(f"must be at least {LEAST_MEASURE_S:.0f}: less of it says nothing")
     return value
 
 
 def _seconds(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value <= MOST_S:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and at most {MOST_S:.0f}")
+    return value
+
+
+def _number(text: str) -> float:
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError("must be at least 0")
-    return value
 
 
 def _whole(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _requests(text: str) -> int:
+    count = _whole(text)
+    if count > MOST_REQUESTS:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_REQUESTS}")
+    return count
 
 
 def _moment(text: str) -> tuple[NodeId, float]:

@@ -5,6 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from helixd.cli import main
+from helixd.commands.simulate import build_parser
 
 CLUSTER = {
     "format": "helixd-cluster/1",
@@ -168,6 +169,27 @@ def test_mistakes_end_with_a_line_and_a_status(cluster: Path, capsys: pytest.Cap
         capsys.readouterr()
     (cluster.parent / "half.json").write_text(json.dumps({"placement": {"a": [0, 2]}}))
     assert run(cluster, cluster.parent / "half.json") == 69
+
+
+@pytest.mark.parametrize(
+    ("option", "good", "bad"),
+    [
+        ("--measure", ["1", "1e6"], ["0", "0.999", "1e-300", "1000001", "nan", "inf"]),
+        ("--warm-up", ["0", "1e6"], ["-0.1", "1000001", "nan"]),
+        ("--rate", ["1e-3", "1e6"], ["0", "-1", "1000001", "1e308", "nan"]),
+        ("--in-flight", ["1", "100000"], ["0", "100001", "1000000000"]),
+    ],
+)
+def test_both_sides_of_what_may_be_asked_for(
+    option: str, good: list[str], bad: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text in good:
+        build_parser().parse_args(["cluster.json", "auto", option, text])
+    for text in bad:
+        with pytest.raises(SystemExit) as refused:
+            build_parser().parse_args(["cluster.json", "auto", f"{option}={text}"])
+        assert refused.value.code == 2
+        assert f"argument {option}" in capsys.readouterr().err
 
 
 def test_help_names_everything_and_imports_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
