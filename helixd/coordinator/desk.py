@@ -20,7 +20,7 @@ from helixd.coordinator.fleet import AS_MEASURED, Fleet, Peer
 from helixd.coordinator.probing import Prober
 from helixd.coordinator.relay import Relay
 from helixd.coordinator.replanning import Replanner
-from helixd.coordinator.sequence import Broken, Lease, ScoresArrived, TokenArrived
+from helixd.coordinator.sequence import LINK_CUT, Broken, Lease, ScoresArrived, TokenArrived
 from helixd.coordinator.weights import WeightCheck, WeightServer
 from helixd.ids import Attempt, NodeId, PeerId, SequenceId
 from helixd.plan.cluster.spec import COORDINATOR
@@ -282,7 +282,7 @@ class WorkerDesk:
 
         # A dial for an earlier plan may be given up late; rows that pass through here do not miss that link.
         if not self._epochs.relays(peer.id, other):
-            self.failovers += self._admission.break_where(crosses, "link_lost", f"link {peer.id} - {other} was lost")
+            self.failovers += self._admission.break_where(crosses, LINK_CUT, f"link {peer.id} - {other} was lost")
         self._prober.link_lost(peer.id, other, message.reason)
 
     def _on_leave(self, peer: Peer, message: m.Leave) -> None:

@@ -23,6 +23,8 @@ from helixd.sampling import TokenLogprobs
 INBOX_LIMIT = 4096
 ROWS_PER_STEP_DEADLINE = 512
 PREEMPTIONS = frozenset({"preempted", "kv_full", "draining", "moved"})
+LINK_CUT = "link_cut"
+"""A link of the route was reported lost, and no route leads over it from now on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,7 @@ class SequenceRun:
         """Generate until the choice is finished. Raises PipelineLost, NoRoute or QueueFull."""
         if self._scores is not None and not self._scores_missing:
             await self._emit(PromptScored(tuple(self._scores)))
+        cut = False
         while self._unfinished:
             before = self.tokens
             try:
@@ -192,7 +195,11 @@ class SequenceRun:
                 self.last_break = f"{broken.code}: {broken}"
                 # Alone with a KV cache that is full before a token is drawn: one that never fits must not be tried for
                 # ever. Who only makes room for others waits its turn, however often.
-                if broken.code not in PREEMPTIONS or (broken.code == "kv_full" and self.tokens == before):
+                stuck = self.tokens == before
+                # One cut takes many links, found out one by one: until a token has come it counts once.
+                counted = not (broken.code == LINK_CUT and stuck and cut)
+                cut = broken.code == LINK_CUT
+                if counted and (broken.code not in PREEMPTIONS or (broken.code == "kv_full" and stuck)):
                     self.migrations += 1
                 if self.migrations > self._limits.max_migrations:
                     raise PipelineLost(

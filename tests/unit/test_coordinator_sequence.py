@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from helixd.coordinator.generation import Delta, Event, Finished, GenerationRequest, PromptScored
 from helixd.coordinator.sequence import (
     INBOX_LIMIT,
+    LINK_CUT,
     Broken,
     Lease,
     PipelineLost,
@@ -308,6 +309,41 @@ async def test_cancelled_anywhere_the_route_is_given_back() -> None:
     assert len(made.workers.leases) == 1
 
 
+async def test_a_cut_through_many_links_counts_once_until_a_token_has_come() -> None:
+    """A partition takes links one by one, as they are found out; several may hit the same sequence in a second."""
+
+    def cut_through_all(workers: Workers, step: int) -> bool:
+        if len(workers.leases) <= 6:
+            workers.breaks(LINK_CUT)
+            return False
+        return True
+
+    made = world(workers=Workers(cut_through_all))
+    await made.run.run()
+    assert made.tokens == continued((1, 2, 3), 5)
+    assert (made.run.attempts, made.run.migrations) == (7, 1)
+
+    def a_token_each(workers: Workers, step: int) -> bool:
+        if step == 3 + len(workers.leases):
+            workers.breaks(LINK_CUT)
+            return False
+        return True
+
+    flapping = world(max_tokens=8, workers=Workers(a_token_each))
+    with pytest.raises(PipelineLost, match=f"broke 4 times, the last time with {LINK_CUT}"):
+        await flapping.run.run()
+
+
+async def test_a_worker_that_says_there_is_no_link_is_not_believed_for_ever() -> None:
+    def always(workers: Workers, step: int) -> bool:
+        workers.breaks("link_lost")
+        return False
+
+    made = world(workers=Workers(always))
+    with pytest.raises(PipelineLost, match="broke 4 times"):
+        await made.run.run()
+
+
 async def test_a_route_that_breaks_before_its_first_word_is_left_at_once() -> None:
     made = world(workers=Workers(break_at_grant=["peer_lost"]), limits=SequenceLimits(step_s=60.0, max_migrations=1))
     async with asyncio.timeout(5):
@@ -409,7 +445,7 @@ async def test_only_the_first_choice_scores_the_prompt() -> None:
     assert events == [Finished(1, "length", 0)]
 
 
-codes = st.sampled_from(["peer_lost", "link_lost", "kv_full", "preempted", "moved", "draining", "compute"])
+codes = st.sampled_from(["peer_lost", "link_lost", LINK_CUT, "kv_full", "preempted", "moved", "draining", "compute"])
 
 
 @settings(max_examples=150, deadline=None)
