@@ -2,8 +2,8 @@
 
 import os
 
-LONG_VARIABLE = "HELIXD_TESTS_LONG"  # set by tests/conftest.py, which the processes that share the work inherit
-LONG = LONG_VARIABLE in os.environ
+# Set by tests/conftest.py; the processes that share the work inherit it.
+LONG = "HELIXD_TESTS_LONG" in os.environ
 
 
 def examples(ci: int, long: int) -> int:
