@@ -71,7 +71,8 @@ def coordinator_options(config: Config) -> CoordinatorOptions:
         max_migrations=timers.max_migrations,
         probe_bytes=config.cluster.probe_bytes,
         planning=PlanningOptions(
-            planner.time_limit_s, workload, engine.kv_fraction, pins, float(planner.load_speed_bytes), planner.horizon_s
+            planner.time_limit_s, workload, engine.kv_fraction, pins, float(planner.load_speed_bytes),
+            planner.horizon_s, planner.simulate,
         ),
         replan=ReplanOptions(
             planner.wait_for_nodes, planner.settle_s, planner.replan_gain, planner.replan_cooldown_s

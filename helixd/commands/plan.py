@@ -25,7 +25,7 @@ from helixd.plan.baselines import BASELINES
 from helixd.plan.cluster.spec import ClusterSpec
 from helixd.plan.plan import Infeasible
 from helixd.plan.planner import OBJECTIVES
-from helixd.solver.job import Job, Reload
+from helixd.solver.job import SIMULATE, Job, Reload
 from helixd.solver.process import Outcome, PlannerFailed, solve
 
 # Columns of a table that no terminal bounds.
@@ -102,8 +102,14 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     group = parser.add_argument_group("search")
     group.add_argument(
-        "--time-limit", metavar="S", type=_duration_s, default=10.0, help="longest search for a plan (default 10 s)"
-    )
+        "--time-limit", metavar="S", type=_duration_s, default=10.0,
+        help="longest search for a plan (default 10 s); the best plans found may be simulated for "
+        f"{SIMULATE} times as long",
+    )  # fmt: skip
+    group.add_argument(
+        "--predict-only", action="store_true",
+        help="objective throughput: take the plan predicted best, without simulating any",
+    )  # fmt: skip
     group.add_argument("--seed", metavar="N", type=int, default=0, help="another seed is another search (default 0)")
     group = parser.add_argument_group("what to show")
     group.add_argument("--json", action="store_true", help="print one JSON object")
@@ -146,6 +152,7 @@ def _plan(arguments: argparse.Namespace) -> Report:
         price=arguments.survive == 1,
         baselines=tuple(BASELINES) if arguments.compare else (),
         frontier=arguments.frontier,
+        simulate=arguments.objective == "throughput" and not arguments.predict_only,
         in_force=_held_now(spec),
         reload=Reload(arguments.load_speed, arguments.horizon) if _held_now(spec) else None,
     )

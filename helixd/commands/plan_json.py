@@ -72,6 +72,7 @@ def _figures(plan: Plan) -> dict[str, object]:
         "upper_bound_tokens_per_s": plan.upper_bound_tokens_per_s,
         "predicted_decode_tokens_per_s": plan.predicted_decode_tokens_per_s,
         "method": plan.method,
+        "simulated_plans": plan.simulated_plans,
         "solve_s": plan.solve_s,
     }
 

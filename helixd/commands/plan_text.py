@@ -75,7 +75,8 @@ def _summary(found: Report) -> RenderableType:
             else "nothing: every node keeps what it holds"
         )
         lines.append(_line("to load", text))
-    lines.append(_line("search", f"{plan.solve_s:.1f} s, {plan.method}"))
+    chosen = f"; serves most of {plan.simulated_plans} that were simulated" if plan.simulated_plans else ""
+    lines.append(_line("search", f"{plan.solve_s:.1f} s, {plan.method}{chosen}"))
     if found.cut_off is not None:
         lines.append(_line("broken off", f"{found.cut_off}; this is the best found until then", style="yellow"))
     return Group(*lines)

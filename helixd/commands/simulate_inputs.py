@@ -23,7 +23,7 @@ def the_plan(name: str, spec: ClusterSpec, *, seed: int = 0) -> Plan:
     """The plan that `name` means. Raises CommandFailed."""
     try:
         if name == AUTO:
-            outcome = asyncio.run(_solve(Job(spec, seed=seed)))
+            outcome = asyncio.run(_solve(Job(spec, seed=seed, simulate=True)))
             assert outcome.plan is not None
             return outcome.plan
         if name in BASELINES and not Path(name).exists():

@@ -254,6 +254,11 @@ class PlannerConfig:
     """How layers are placed on nodes. The coordinator plans."""
 
     time_limit_s: float = key(10.0, kinds.duration(), "Longest one search for a placement may take.")
+    simulate: bool = key(
+        False, kinds.BOOLEAN,
+        "While no node holds layers: simulate the best plans found, for three times as long, and take the best of them."
+        " From a dozen nodes on worth some percent.",
+    )  # fmt: skip
     replan_gain: float = key(
         0.1, kinds.number(0, 10), "Move layers only if that is predicted to raise throughput by this share."
     )

@@ -43,7 +43,8 @@ class PlanningOptions:
     """`kv_fraction`: share of a node's memory that layers leave free for KV, given up if nothing fits otherwise.
 
     `workload.min_kv_tokens` of KV room in every held layer are never given up. `pins` by node id. What nodes hold is
-    moved only if that pays within `horizon_s` for loading at `load_bytes_per_s`.
+    moved only if that pays within `horizon_s` for loading at `load_bytes_per_s`. `simulate`: while nothing is held,
+    take the plan that simulates best instead of the one predicted best.
     """
 
     time_limit_s: float = 10.0
@@ -52,6 +53,7 @@ class PlanningOptions:
     pins: Mapping[str, Pin] = field(default_factory=dict)
     load_bytes_per_s: float = 500 * 2**20
     horizon_s: float = 3600.0
+    simulate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,10 @@ async def run_planner(
     """
     held = None if in_force is None else dict(in_force)
     reload = Reload(options.load_bytes_per_s, options.horizon_s)
-    outcome = await solve(Job(spec, time_limit_s=options.time_limit_s, in_force=held, reload=reload, nice=NICE))
+    job = Job(
+        spec, time_limit_s=options.time_limit_s, simulate=options.simulate, in_force=held, reload=reload, nice=NICE
+    )  # fmt: skip
+    outcome = await solve(job)
     assert outcome.plan is not None
     if outcome.cut_off is not None:
         logs.event(log, logging.WARNING, "planner_cut_off", reason=outcome.cut_off, method=outcome.plan.method)

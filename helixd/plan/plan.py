@@ -48,6 +48,7 @@ class Plan:
     `schedule[v]` are the next hops of vertex v that carry flow, heaviest first; v is a node or `COORDINATOR` (the
     source); a hop to `COORDINATOR` is the sink. `placement` has only nodes that hold layers. Throughputs in tokens/s.
     `upper_bound_tokens_per_s` is valid for every placement of this cluster (None: not computed).
+    `simulated_plans`: of so many that were simulated it served most (0: the prediction chose).
     `explanations` has one sentence per node that is idle or a bottleneck.
     """
 
@@ -60,6 +61,7 @@ class Plan:
     kv_capacity_token_layers: Mapping[NodeId, float] | None = None
     explanations: Mapping[NodeId, str] | None = None
     method: str = ""
+    simulated_plans: int = 0
     solve_s: float = 0.0
 
     def entry_points(self, node: NodeId) -> tuple[int, ...]:

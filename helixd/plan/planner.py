@@ -5,24 +5,24 @@ Constraints of the nodes (pins, memory) hold in every plan returned.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from helixd.plan.choice import choose, choose_by_trial
 from helixd.plan.cluster.spec import COORDINATOR, ClusterSpec
 from helixd.plan.explain import explanations
 from helixd.plan.graph.flow import FlowModel
 from helixd.plan.graph.schedule import schedule_of
 from helixd.plan.holding import Holding
 from helixd.plan.plan import Infeasible, Plan, Progress
-from helixd.plan.predict import stages
 from helixd.plan.search.methods import SMALL, Candidate, Search
 
 OBJECTIVES = ("throughput", "max-flow", "latency")
 
-# Of two plans this close the one with the faster token for a lone request is taken: fewer stages, nearer ones. A
-# prediction is off by some 12 % from what is simulated, and deep plans are the ones that fall short of theirs.
-_SAME = 0.13
-# What is given up, unasked, for keeping a pipeline when any one node is lost: a share of the best predicted throughput;
-# in a small cluster, where the loss of a node is the end of service, a larger share of throughput or of flow.
-_SURVIVAL_PRICE, _SURVIVAL_PRICE_SMALL = 0.1, 0.35
+Trial = Callable[[Plan, float], float | None]
+"""Decode tokens/s that a plan serves when it is run, given how long a token takes a lone request in it (s).
+
+None: there is no time for it.
+"""
 
 
 def plan_cluster(
@@ -34,12 +34,14 @@ def plan_cluster(
     survive: int | None = None,
     clock: Callable[[], float] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    trial: Trial | None = None,
 ) -> Plan:
     """The best plan found for `objective`: "throughput" (predicted serving), "max-flow" (the paper's) or "latency".
 
     `survive`: 1 asks for a complete pipeline after the loss of any one node, 0 does not care, None prefers such a plan
     where it costs little. `clock`: monotonic seconds; without it the search ends by its own budgets alone.
-    `on_progress` is told of every better flow and every sharper bound, from within the search.
+    `on_progress` is told of every better flow and every sharper bound, from within the search. `trial`: for the
+    objective "throughput", the plans predicted best are run too, and the one that serves most is taken.
 
     Raises Infeasible if no placement serves the model, ValueError for an unknown objective.
     """
@@ -65,62 +67,34 @@ def plan_cluster(
     candidates = search.run()
     if not candidates:
         raise Infeasible(_why_none(holding))
-    best = _choose(candidates, objective, survive, len(spec.nodes) <= SMALL)
+    small = len(spec.nodes) <= SMALL
+    best, tried = choose(candidates, objective, survive, small), 0
     if best is None:
         raise Infeasible(_why_not_safe(holding))
-    decode = best.prediction.decode_tokens_per_s if best.prediction else None
-    return Plan(
-        num_layers=holding.num_layers,
-        placement=best.placement,
-        schedule=schedule_of(best.flow),
-        max_flow_tokens_per_s=best.flow.value,
-        upper_bound_tokens_per_s=search.bound,
-        predicted_decode_tokens_per_s=decode,
-        kv_capacity_token_layers=holding.kv_capacity(best.placement),
+
+    def plan_of(found: Candidate) -> Plan:
+        return Plan(
+            num_layers=holding.num_layers,
+            placement=found.placement,
+            schedule=schedule_of(found.flow),
+            max_flow_tokens_per_s=found.flow.value,
+            upper_bound_tokens_per_s=search.bound,
+            predicted_decode_tokens_per_s=found.prediction.decode_tokens_per_s if found.prediction else None,
+            kv_capacity_token_layers=holding.kv_capacity(found.placement),
+            method=found.method,
+        )
+
+    def run(found: Candidate) -> float | None:
+        return trial(plan_of(found), found.prediction.unloaded_round_s) if trial and found.prediction else None
+
+    if trial is not None and objective == "throughput":
+        best, tried = choose_by_trial(candidates, survive, small, run) or (best, 0)
+    return replace(
+        plan_of(best),
+        simulated_plans=tried,
         explanations=explanations(holding, best.placement, best.flow),
-        method=best.method,
         solve_s=clock() - started if clock else 0.0,
     )
-
-
-def _choose(candidates: list[Candidate], objective: str, survive: int | None, small: bool) -> Candidate | None:
-    """The best candidate; among nearly equal ones that with the fastest round, then fewer stages, then the earlier."""
-    if survive:
-        candidates = [found for found in candidates if found.survives]
-        if not candidates:
-            return None
-    if objective == "max-flow":
-        top = max(found.flow.value for found in candidates)
-        return min((f for f in candidates if f.flow.value >= top * (1 - 1e-9)), key=lambda f: stages(f.flow))
-    if objective == "latency":
-        top = max(found.flow.value for found in candidates)
-        return min((f for f in candidates if f.flow.value >= top / 2), key=_round_s)
-    top = max(_worth(found) for found in candidates)
-    if survive is None:
-        safe = [found for found in candidates if found.survives and _affordable(found, candidates, top, small)]
-        if safe:
-            candidates, top = safe, max(_worth(found) for found in safe)
-    near = [found for found in candidates if _worth(found) >= top * (1 - _SAME)]
-    return min(near, key=lambda found: (round(_round_s(found), 6), round(stages(found.flow), 6), -_worth(found)))
-
-
-def _affordable(safe: Candidate, candidates: list[Candidate], top: float, small: bool) -> bool:
-    if not small:
-        return _worth(safe) >= top * (1 - _SURVIVAL_PRICE)
-    most = max(found.flow.value for found in candidates)
-    left = 1 - _SURVIVAL_PRICE_SMALL
-    return _worth(safe) >= top * left or safe.flow.value >= most * left
-
-
-def _worth(found: Candidate) -> float:
-    """Predicted decode tokens/s; where layer times are unknown, flow at a small price per stage."""
-    if found.prediction is not None:
-        return found.prediction.decode_tokens_per_s
-    return found.flow.value * float(0.97 ** stages(found.flow))
-
-
-def _round_s(found: Candidate) -> float:
-    return found.prediction.unloaded_round_s if found.prediction is not None else stages(found.flow)
 
 
 def _why_not_safe(holding: Holding) -> str:

@@ -18,11 +18,12 @@ from helixd.plan.baselines import baseline_plan
 from helixd.plan.holding import Holding
 from helixd.plan.judge import current_plan, in_force
 from helixd.plan.plan import Infeasible, Plan, Progress
-from helixd.plan.planner import plan_cluster
+from helixd.plan.planner import Trial, plan_cluster
 from helixd.plan.replan import replan
 from helixd.plan.undominated import frontier
 from helixd.solver.job import (
     OVERTIME_S,
+    SIMULATE,
     Answer,
     Compared,
     Depths,
@@ -36,6 +37,7 @@ from helixd.solver.job import (
     Reload,
     Unconstrained,
 )
+from helixd.solver.trial import Simulations
 
 # Rules that take less than a second, in clusters of up to so many nodes: what they place is there if the search dies.
 _AT_ONCE = {"swarm": 400, "petals": 100}
@@ -84,7 +86,7 @@ class _Worker:
         if job.reload is not None and holds and job.objective != "latency":
             self._replan(job.reload)
         else:
-            self.say(Found(self._search("plan", job.survive), final=True))
+            self.say(Found(self._search("plan", job.survive, simulate=job.simulate), final=True))
         if job.price:
             self.say(Unconstrained(self._search("plan without survival", 0)))
         for name in job.baselines:
@@ -105,7 +107,7 @@ class _Worker:
         self.say(Moving(found.load_s, found.options))
         self.say(Found(found.plan, final=True))
 
-    def _search(self, what: str, survive: int | None) -> Plan:
+    def _search(self, what: str, survive: int | None, *, simulate: bool = False) -> Plan:
         def report(progress: Progress) -> None:
             if progress.elapsed_s - self._said_s >= _PROGRESS_S or not math.isfinite(self._said_s):
                 self._said_s = progress.elapsed_s
@@ -116,8 +118,22 @@ class _Worker:
         job = self._job
         return plan_cluster(
             job.spec, seed=job.seed, time_limit_s=job.time_limit_s, objective=job.objective, survive=survive,
-            clock=time.monotonic, on_progress=report,
+            clock=time.monotonic, on_progress=report, trial=self._trial() if simulate else None,
         )  # fmt: skip
+
+    def _trial(self) -> Trial:
+        """Simulates plans, for its time from the first one on."""
+        job = self._job
+        ends_s: list[float] = []
+
+        def trial(plan: Plan, round_s: float) -> float | None:
+            if not ends_s:
+                ends_s.append(time.monotonic() + SIMULATE * job.time_limit_s)
+            self.say(Doing("simulating the best plans found", self._elapsed_s()))
+            return simulations.run(plan, round_s)
+
+        simulations = Simulations(job.spec, seed=job.seed, out_of_time=lambda: time.monotonic() > ends_s[0])
+        return trial
 
     def _at_once(self) -> Plan | None:
         """The best of what nodes hold now and of what quick rules place; None where none of them serves."""

@@ -19,7 +19,7 @@ MAY = {
     "engine": {"model"},
     "wire": {"protocol"},
     "worker": {"engine", "wire", "model", "protocol"},
-    "solver": {"plan"},
+    "solver": {"plan", "sim"},
     "coordinator": {"plan", "route", "solver", "wire", "model", "protocol"},
     "api": {"coordinator", "model"},
     "config": set(),

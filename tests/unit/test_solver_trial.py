@@ -1,0 +1,92 @@
+"""Plans run for a while in simulated time, to choose one: what that says, and how it ends when time is up."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from helixd.plan.cluster.clusterfile import parse_cluster
+from helixd.plan.cluster.spec import ClusterSpec
+from helixd.plan.holding import Holding
+from helixd.plan.judge import judged
+from helixd.plan.plan import Plan
+from helixd.sim.helixd import HelixdPolicy
+from helixd.sim.load import Offline
+from helixd.solver.job import Doing, Job
+from helixd.solver.process import solve
+from helixd.solver.trial import Simulations
+from tests.unit.plan_worlds import ranges
+from tests.unit.test_command_simulate import CLUSTER
+
+SPEC = parse_cluster(CLUSTER)
+
+
+def plan(placement: dict[str, tuple[int, int]]) -> Plan:
+    return judged(Holding(SPEC), ranges(placement), method="test")
+
+
+THREE = plan({"a": (0, 2), "b": (2, 4), "c": (2, 4)})
+
+
+def test_more_nodes_serve_more_and_the_same_seed_the_same() -> None:
+    def served(which: Plan, seed: int = 0) -> float:
+        found = Simulations(SPEC, seed=seed, out_of_time=lambda: False).run(which, 0.1)
+        assert found is not None
+        return found
+
+    assert served(THREE) > served(plan({"a": (0, 4)})) > 0
+    assert served(THREE) == served(THREE)
+    assert served(THREE, 1) != served(THREE)
+
+
+@pytest.mark.parametrize(("round_s", "window_s"), [(0.0, 0.1), (0.1, 2.0), (5.9, 118.0), (6.1, 120.0)])
+def test_the_window_is_as_long_as_a_lone_request_takes(
+    round_s: float, window_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[Offline] = []
+
+    class Stop(Exception):
+        pass
+
+    def run(self: HelixdPolicy, spec: object, plan: object, load: Offline, *rest: object, **named: object) -> None:
+        loads.append(load)
+        raise Stop
+
+    monkeypatch.setattr(HelixdPolicy, "run", run)
+    with pytest.raises(Stop):
+        Simulations(SPEC, seed=0, out_of_time=lambda: False).run(THREE, round_s)
+    assert (loads[0].warmup_s, loads[0].measure_s) == pytest.approx((window_s, window_s))
+
+
+@pytest.mark.parametrize("looks", [0, 1, 50])
+def test_a_simulation_under_way_counts_for_nothing_when_time_is_up(looks: int) -> None:
+    left = [looks]
+
+    def out_of_time() -> bool:
+        left[0] -= 1
+        return left[0] < 0
+
+    assert Simulations(SPEC, seed=0, out_of_time=out_of_time).run(THREE, 0.1) is None
+    assert left == [-1]
+
+
+def uneven() -> ClusterSpec:
+    """Several placements are about as good as one another."""
+    nodes = (*SPEC.nodes, *(replace(n, id=type(n.id)(f"{n.id}2")) for n in SPEC.nodes))
+    ends = ["coordinator", *(n.id for n in nodes)]
+    links = [[a, b, 1e8, 0.001] for a in ends for b in ends if a != b]
+    listed = [{"id": n.id, "type": "t"} for n in nodes]
+    return parse_cluster({**CLUSTER, "nodes": listed, "links": links})
+
+
+def test_the_planner_s_process_tries_plans_where_it_is_asked_to() -> None:
+    said: list[Doing] = []
+    asked = Job(uneven(), time_limit_s=10.0, survive=0, simulate=True)
+    outcome = asyncio.run(solve(asked, on_progress=said.append))
+    assert outcome.final
+    assert outcome.plan is not None
+    assert outcome.plan.simulated_plans >= 2
+    assert sum(doing.what == "simulating the best plans found" for doing in said) == outcome.plan.simulated_plans
+    plain = asyncio.run(solve(Job(uneven(), time_limit_s=10.0, survive=0)))
+    assert plain.plan is not None
+    assert plain.plan.simulated_plans == 0
