@@ -19,7 +19,10 @@ pytestmark = pytest.mark.chaos
 
 STREAMS = examples(8, 16)
 NEW = examples(96, 128)
-PROMPTS = [[number * 7 % 90 + 35 + at for at in range(4 + 5 * (number % 8) + number // 8)] for number in range(STREAMS)]
+PROMPTS = [
+    [(number * 7 + at) % 90 + 35 for at in range(4 + 5 * (number % 8) + number // 8)] for number in range(STREAMS)
+]
+"""Letters: what begins in a prompt as half a character, an answer would complete."""
 STAGES = {"a1": (0, 2), "a2": (0, 2), "b1": (2, 4), "b2": (2, 4), "c1": (4, 6), "c2": (4, 6)}
 DEAD_AFTER_S = 3.0
 SHORT_S = 1.0
