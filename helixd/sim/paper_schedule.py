@@ -62,7 +62,7 @@ def _pushed(spec: ClusterSpec, placement: Placement, seed: int | None) -> Flow:
 class ExpectedKv:
     """What the scheduler expects to be kept on each node, in tokens x layers."""
 
-    def __init__(self, spec: ClusterSpec, placement: Placement, *, offline: bool) -> None:
+    def __init__(self, spec: ClusterSpec, placement: Placement, *, offline: bool, by_layer: bool = False) -> None:
         self._ratio = 1.0 if offline else 0.6
         self._mark = 0.85 if offline else 0.9
         self._used = dict.fromkeys(placement, 0.0)
@@ -72,6 +72,11 @@ class ExpectedKv:
             if node.id in placement
         }
         self._layers = {node: len(held) for node, held in placement.items()}
+        groups: set[tuple[NodeId, ...]] = {(node,) for node in placement}
+        if by_layer:
+            most = max(held.end for held in placement.values())
+            groups = {tuple(n for n, held in placement.items() if layer in held) for layer in range(most)}
+        self._groups = [(group, sum(self._room[node] for node in group)) for group in sorted(groups)]
         self._held: dict[int, list[tuple[NodeId, float]]] = {}
 
     def expected(self, request: Request) -> int:
@@ -98,8 +103,8 @@ class ExpectedKv:
         return self._used[node] / self._room[node]
 
     def fullest(self) -> float:
-        """The largest share of any node."""
-        return max(used / self._room[node] for node, used in self._used.items())
+        """The largest share of any node; if nodes count by layer, of all nodes together that hold some layer."""
+        return max(sum(self._used[n] for n in group) / room for group, room in self._groups)
 
 
 class FlowDraws:

@@ -14,10 +14,11 @@ from helixd.plan.graph.flow import FlowModel
 from helixd.plan.graph.schedule import schedule_of
 from helixd.plan.plan import Hop, Plan
 from helixd.sim.helixd import CHOOSERS, HelixdPolicy, Simulation
-from helixd.sim.job import Request
+from helixd.sim.job import Job, Request
 from helixd.sim.load import Lengths, Load, Offline, Online, Trace
 from helixd.sim.meter import Report
 from helixd.sim.paper import SCHEDULERS, PaperPolicy, SimulationStopped
+from helixd.sim.paper_schedule import ExpectedKv
 from helixd.sim.script import Happening
 from helixd.sim.stage_node import StepLimits
 from helixd.worker import batcher
@@ -252,3 +253,22 @@ def test_an_unknown_flow_is_refused() -> None:
 def test_the_papers_scheduler_serves_by_any_max_flow(flow: str) -> None:
     spec, plan = four_nodes(kv=4e4)
     assert PaperPolicy(flow=flow).run(spec, plan, BUSY, SHORT).decode_tokens_per_s > 0
+
+
+def test_the_fullest_is_a_node_or_all_nodes_of_a_layer() -> None:
+    spec = world([timed("a", kv=1000.0), timed("b", kv=3000.0), timed("c", kv=9000.0)])
+    placement = placed(spec, {"a": (0, 2), "b": (0, 3), "c": (2, 4)}).placement
+    one, other = (ExpectedKv(spec, placement, offline=True, by_layer=by_layer) for by_layer in (False, True))
+    for kv in (one, other):
+        kv.reserve(Job(1, Request(10, 10), 0.0, 10), [(NodeId("a"), 2), (NodeId("c"), 2)], 400)
+    assert one.fullest() == pytest.approx(800 / 1000)
+    assert other.fullest() == pytest.approx(800 / 4000)
+
+
+def test_fed_by_layer_more_requests_fly_where_unequal_nodes_share_one() -> None:
+    spec = world([timed("a", kv=9000.0), timed("b", kv=20_000.0), timed("c", kv=90_000.0)])
+    plan = placed(spec, {"a": (0, 2), "b": (0, 2), "c": (2, 4)})
+    by_node, by_layer = (
+        PaperPolicy(feed_by_layer=by_layer).run(spec, plan, BUSY, SHORT, seed=1) for by_layer in (False, True)
+    )
+    assert by_layer.mean_in_flight > by_node.mean_in_flight
