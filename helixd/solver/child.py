@@ -129,6 +129,8 @@ class _Worker:
         def trial(plan: Plan, round_s: float) -> float | None:
             if not ends_s:
                 ends_s.append(time.monotonic() + SIMULATE * job.time_limit_s)
+                # The first one is what the prediction chose.
+                self.say(Found(plan, final=False))
             self.say(Doing("simulating the best plans found", self._elapsed_s()))
             return simulations.run(plan, round_s)
 

@@ -1,7 +1,10 @@
 """Plans run for a while in simulated time, to choose one: what that says, and how it ends when time is up."""
 
 import asyncio
+import os
+import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -13,10 +16,11 @@ from helixd.plan.plan import Plan
 from helixd.sim.helixd import HelixdPolicy
 from helixd.sim.load import Offline
 from helixd.solver.job import Doing, Job
-from helixd.solver.process import solve
+from helixd.solver.process import Outcome, solve
 from helixd.solver.trial import Simulations
 from tests.unit.plan_worlds import ranges
 from tests.unit.test_command_simulate import CLUSTER
+from tests.unit.test_solver_limits import children
 
 SPEC = parse_cluster(CLUSTER)
 
@@ -77,6 +81,27 @@ def uneven() -> ClusterSpec:
     links = [[a, b, 1e8, 0.001] for a in ends for b in ends if a != b]
     listed = [{"id": n.id, "type": "t"} for n in nodes]
     return parse_cluster({**CLUSTER, "nodes": listed, "links": links})
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="/proc tells who the children are")
+def test_what_was_predicted_best_is_there_if_simulating_ends_badly() -> None:
+    predicted = asyncio.run(solve(Job(uneven(), time_limit_s=10.0, survive=0))).plan
+
+    async def killed() -> Outcome:
+        before = children()
+
+        def kill(doing: Doing) -> None:
+            if doing.what == "simulating the best plans found":
+                for pid in children() - before:
+                    os.kill(pid, signal.SIGKILL)
+
+        return await solve(Job(uneven(), time_limit_s=10.0, survive=0, simulate=True), on_progress=kill)
+
+    outcome = asyncio.run(killed())
+    assert not outcome.final
+    assert predicted is not None
+    assert outcome.plan is not None
+    assert outcome.plan.placement == predicted.placement
 
 
 def test_the_planner_s_process_tries_plans_where_it_is_asked_to() -> None:
