@@ -87,17 +87,17 @@ Everything is served by policy helixd; only the placement, or only the choice of
 CHOICE = """\
 ## Does the planner take the right plan
 
-The planner cannot simulate: it predicts. Here its choice is simulated, and so are the ten plans predicted best and
-all that no other beats in both flow and stages.
+A search knows placements by a prediction; of those predicted best, `helixd plan` simulates a few for as long as a
+request takes, and takes the one that serves most. Here its choice is simulated for longer, and so are the ten plans
+predicted best and all that no other beats in both flow and stages. A plan that survives the loss of any one node is
+taken where that seems to cost little: it is held against others that do, and its price is shown.
 """
 
 EXPLORE = """\
 ## What the paper did not try
 
 One thing at a time is done otherwise than the engine and the coordinator do it; output tokens/s offline (240 s after
-120 s), then medians at the rates above. Single24's were run with an earlier plan, of 13 stages, and with hops allowed
-to be 32,000 tokens ahead of their share of flow; over distributed24's slow links that made next tokens wait, and it
-is 4,000 since. The choice of plan was run before that change too; with as much work as fits it plays little part.
+120 s), then medians at the rates above.
 """
 
 
