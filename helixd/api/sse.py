@@ -69,9 +69,12 @@ class SseWriter:
         self.slow = False
 
     async def open(self, headers: Mapping[str, str]) -> None:
-        """Send the headers; from here on the status is 200."""
+        """Send the headers; from here on the status is 200. Raises ClientGone."""
         self.response.headers.update(headers)
-        await self.response.prepare(self._request)
+        try:
+            await self.response.prepare(self._request)
+        except ConnectionError as error:
+            raise ClientGone("the client closed its connection") from error
 
     async def write(self, data: bytes) -> None:
         """Send some frames. Raises ClientGone."""
