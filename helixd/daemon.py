@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from helixd import logs
 from helixd.assembly import Daemon, emulated_devices
 from helixd.config import Config, ConfigErrors
-from helixd.errors import ConfigError, HelixError, JoinRefused, ModelError
+from helixd.errors import ConfigError, DeviceFailed, HelixError, JoinRefused, ModelError
 from helixd.exits import Exit
 from helixd.service.notify import Notifier, watchdog_interval_s
 from helixd.service.pulse import Pulse
@@ -130,6 +130,8 @@ async def _main(config: Config, read: ReadConfig, state: StateDir, notifier: Not
     except* (JoinRefused, AuthRejected, VersionMismatch, PeerRefused) as errors:
         logs.event(log, logging.ERROR, "rejected", reason=str(_first(errors)))
         status = Exit.REJECTED
+    except* DeviceFailed as errors:
+        logs.event(log, logging.ERROR, "device_failed", reason=str(_first(errors)))
     except* (ConfigError, ModelError) as errors:
         raise _first(errors) from None
     if hangs:

@@ -31,6 +31,10 @@ class JoinRefused(HelixError):
     """The coordinator does not want this worker as it is; coming back unchanged is useless: the daemon exits 77."""
 
 
+class DeviceFailed(HelixError):
+    """A device cannot even be measured: the daemon exits 70. Starting again helps if something else had its memory."""
+
+
 class OutOfKv(HelixError):
     """A node has no KV room for what was asked; the sequence must wait or go elsewhere.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from helixd.engine.types import LayerTimes
-from helixd.errors import HelixError
+from helixd.errors import DeviceFailed, HelixError
 from helixd.ids import Epoch
 from helixd.layers import LayerRange
 from helixd.model.sizes import layer_bytes
@@ -59,7 +59,10 @@ class NodeHost:
         return ranges
 
     async def prepare(self, model: ModelSetup, post: Post, tasks: asyncio.TaskGroup) -> None:
-        """Make an engine for the model, or keep the one there is if it computes the same; batch as `model` says."""
+        """Make an engine for the model, or keep the one there is if it computes the same; batch as `model` says.
+
+        Raises DeviceFailed.
+        """
         if self.runtime is not None and self.model is not None and _computes_alike(self.model, model):
             self.model, self.runtime.limits = model, model.limits
             return
@@ -68,7 +71,10 @@ class NodeHost:
         # A session may end before the engine is there: then there is none, for no model.
         self.model = self.runtime = self._engine = None
         self._ranges.clear()
-        compute = await self._thread.run(self._backend.compute, self.setup, model)
+        try:
+            compute = await self._thread.run(self._backend.compute, self.setup, model)
+        except (MemoryError, RuntimeError) as error:
+            raise self._failed("prepared", error) from error
         self._engine = compute.engine
         self.runtime = NodeRuntime(
             self.setup.node, self._thread, compute, model.limits, post, model.max_context_tokens
@@ -76,10 +82,21 @@ class NodeHost:
         self._loop_task = tasks.create_task(self.runtime.run(), name=f"node {self.setup.node}")
         self.model = model
 
+    def _failed(self, what: str, error: Exception) -> DeviceFailed:
+        # Torch's own words go on for lines about its allocator.
+        said = str(error).partition("\n")[0][:300] or type(error).__name__
+        return DeviceFailed(
+            f"node {self.setup.node}: {self.setup.device} failed while it was {what}: {said}; see what else uses the "
+            "device, lower device.memory, or name other devices in device.devices"
+        )
+
     async def measure(self, cache: Path | None) -> LayerTimes:
-        """Layer times of this device for the prepared model."""
+        """Layer times of this device for the prepared model. Raises DeviceFailed."""
         assert self.model is not None
-        return await self._thread.run(self._backend.measure, self.setup, self.model, cache)
+        try:
+            return await self._thread.run(self._backend.measure, self.setup, self.model, cache)
+        except (MemoryError, RuntimeError) as error:
+            raise self._failed("measured", error) from error
 
     async def clear(self) -> bool:
         """Give up layers and KV that no live epoch wants; False if one does."""

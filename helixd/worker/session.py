@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ParamSpec, Protocol
 
 from helixd import logs
-from helixd.errors import HelixError, PeerLost
+from helixd.errors import DeviceFailed, HelixError, PeerLost
 from helixd.ids import Epoch, NodeId, PeerId
 from helixd.layers import LayerRange
 from helixd.model.config import parse_config
@@ -243,8 +243,8 @@ class Session:
             return
         try:
             times = await host.measure(None)
-        except (MemoryError, RuntimeError) as error:
-            logs.event(log, logging.WARNING, "not_measured_again", node=node, reason=str(error)[:300])
+        except DeviceFailed as error:
+            logs.event(log, logging.WARNING, "not_measured_again", node=node, reason=str(error))
             return
         assert host.runtime is not None
         host.runtime.gauge = SpeedGauge(times)

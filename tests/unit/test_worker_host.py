@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from helixd.errors import HelixError
+from helixd import daemon
+from helixd.errors import DeviceFailed, HelixError
+from helixd.exits import Exit
 from helixd.ids import Epoch, NodeId
 from helixd.layers import LayerRange
 from helixd.worker.backend import ModelSetup, NodeSetup
@@ -187,3 +189,33 @@ async def test_weights_that_cannot_be_read_are_a_failed_load_and_not_the_daemons
         with pytest.raises(HelixError, match=r"node n could not read layers .*Input/output error: 'model.safetensors'"):
             await host.load(Epoch(1), LayerRange(0, 2), 100, source, lambda done, total: None)
         assert host.loading is None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory.\nTried to allocate"), MemoryError()])
+async def test_a_device_that_fails_while_it_is_prepared_or_measured_says_what_to_do(error: Exception) -> None:
+    def fail(*_: object) -> Any:
+        raise error
+
+    said = str(error).partition("\n")[0] or "MemoryError"
+    async with device() as (host, backend, prepare):
+        await prepare(MODEL)
+        backend.measure = fail  # type: ignore[attr-defined]
+        with pytest.raises(DeviceFailed, match=f"^node n: cpu failed while it was measured: {said}; .* device.memory"):
+            await host.measure(None)
+        backend.compute = fail  # type: ignore[method-assign]
+        with pytest.raises(DeviceFailed, match=f"prepared: {said}; "):
+            await prepare(replace(MODEL, fingerprint="g"))
+        assert host.runtime is None
+
+
+async def test_a_daemon_whose_device_fails_says_so_in_a_line_and_may_be_started_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def start(*_: object) -> None:
+        raise DeviceFailed("node n: cpu failed")
+
+    monkeypatch.setattr(daemon.Daemon, "start", start)
+    status = await daemon._main(SimpleNamespace(), lambda: None, SimpleNamespace(), SimpleNamespace())  # type: ignore
+    assert status == Exit.INTERNAL
+    assert [record.getMessage() for record in caplog.records] == ["device_failed"]
+    assert not caplog.records[0].exc_info
