@@ -91,7 +91,7 @@ def choice(inputs: Inputs) -> Iterator[Row]:
             continue
         alike = f"best of those that survive a loss (of all: {best:.1f}, {best / ours - 1:.1%} more)"
         yield _chosen(cluster, "by default", ours, safe, alike, figures)
-        trial = Simulations(spec, seed=0, out_of_time=lambda: False)
+        trial = Simulations(spec, seed=0, out_of_time=lambda share: False)
         careless = _simulated(inputs, spec, plan_cluster(spec, survive=0, clock=time.monotonic, trial=trial.run))
         figures = {"decode_tokens_per_s": round(careless, 2), "best": round(best, 2)}
         yield _chosen(cluster, "--survive 0", careless, best, f"best of {len(found)}", figures)

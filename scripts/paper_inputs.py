@@ -77,7 +77,7 @@ _plans: dict[str, Plan] = {}
 def our_plan(spec: ClusterSpec) -> Plan:
     """The planner's own choice, made once per cluster, with all the time it wants for simulating."""
     if spec.name not in _plans:
-        trial = Simulations(spec, seed=0, out_of_time=lambda: False)
+        trial = Simulations(spec, seed=0, out_of_time=lambda share: False)
         _plans[spec.name] = plan_cluster(spec, clock=time.monotonic, trial=trial.run)
     return _plans[spec.name]
 

@@ -123,18 +123,26 @@ class _Worker:
 
     def _trial(self) -> Trial:
         """Simulates plans, for its time from the first one on."""
-        job = self._job
-        ends_s: list[float] = []
+        left_s = SIMULATE * self._job.time_limit_s
+        began_s = math.inf
 
         def trial(plan: Plan, round_s: float) -> float | None:
-            if not ends_s:
-                ends_s.append(time.monotonic() + SIMULATE * job.time_limit_s)
+            nonlocal left_s, began_s
+            if math.isinf(began_s):
                 # The first one is what the prediction chose.
                 self.say(Found(plan, final=False))
+            else:
+                left_s -= time.monotonic() - began_s
+            began_s = time.monotonic()
             self.say(Doing("simulating the best plans found", self._elapsed_s()))
             return simulations.run(plan, round_s)
 
-        simulations = Simulations(job.spec, seed=job.seed, out_of_time=lambda: time.monotonic() > ends_s[0])
+        def out_of_time(share: float) -> bool:
+            """Whether it will not be done in time, at the speed that it has had so far."""
+            took_s = time.monotonic() - began_s
+            return took_s > left_s * (share or 1.0)
+
+        simulations = Simulations(self._job.spec, seed=self._job.seed, out_of_time=out_of_time)
         return trial
 
     def _at_once(self) -> Plan | None:

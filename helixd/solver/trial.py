@@ -20,9 +20,11 @@ class _TimeIsUp(Exception):
 
 
 class Simulations:
-    """What plans of a cluster serve, until `out_of_time`; a simulation that is under way then counts for nothing."""
+    """What plans of a cluster serve. `out_of_time` is told which share of a simulation is done, from 0 on; where it
+    says yes that simulation ends and counts for nothing.
+    """
 
-    def __init__(self, spec: ClusterSpec, *, seed: int, out_of_time: Callable[[], bool]) -> None:
+    def __init__(self, spec: ClusterSpec, *, seed: int, out_of_time: Callable[[float], bool]) -> None:
         self._spec = spec
         self._seed = seed
         self._out_of_time = out_of_time
@@ -33,8 +35,8 @@ class Simulations:
     def run(self, plan: Plan, round_s: float) -> float | None:
         """Decode tokens/s of a plan in which a lone request's token takes `round_s`; None if time is up."""
 
-        def go_on(_: float) -> None:
-            if self._out_of_time():
+        def go_on(share: float) -> None:
+            if self._out_of_time(share):
                 raise _TimeIsUp
 
         window_s = min(max(self._output_tokens * round_s, _SHORTEST_S), _LONGEST_S)

@@ -34,7 +34,7 @@ THREE = plan({"a": (0, 2), "b": (2, 4), "c": (2, 4)})
 
 def test_more_nodes_serve_more_and_the_same_seed_the_same() -> None:
     def served(which: Plan, seed: int = 0) -> float:
-        found = Simulations(SPEC, seed=seed, out_of_time=lambda: False).run(which, 0.1)
+        found = Simulations(SPEC, seed=seed, out_of_time=lambda share: False).run(which, 0.1)
         assert found is not None
         return found
 
@@ -58,7 +58,7 @@ def test_the_window_is_as_long_as_a_lone_request_takes(
 
     monkeypatch.setattr(HelixdPolicy, "run", run)
     with pytest.raises(Stop):
-        Simulations(SPEC, seed=0, out_of_time=lambda: False).run(THREE, round_s)
+        Simulations(SPEC, seed=0, out_of_time=lambda share: False).run(THREE, round_s)
     assert (loads[0].warmup_s, loads[0].measure_s) == pytest.approx((window_s, window_s))
 
 
@@ -66,7 +66,8 @@ def test_the_window_is_as_long_as_a_lone_request_takes(
 def test_a_simulation_under_way_counts_for_nothing_when_time_is_up(looks: int) -> None:
     left = [looks]
 
-    def out_of_time() -> bool:
+    def out_of_time(share: float) -> bool:
+        assert share == pytest.approx((looks - left[0]) / 100)
         left[0] -= 1
         return left[0] < 0
 
