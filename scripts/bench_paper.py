@@ -5,7 +5,7 @@
 
 Sections: fidelity (policy paper, placements as published), paper (policy paper, our plan), offline and online (policy
 helixd, our plan), baselines (policy helixd, others' placements and others' routing), choice (is the plan that the
-planner takes the one that simulates best), explore (what the paper did not try). All of it takes half an hour on a
+planner takes the one that simulates best), explore (what the paper did not try). All of it takes 40 minutes on a
 core; --only and --cluster run it in pieces, and --save FILE keeps what they found beside what the file has.
 Clusters, placements and traces are read from DIR, `../shared` beside the project. Exit status 1 if something that is
 asked for falls short. Nothing here is a measurement of hardware.

@@ -14,15 +14,13 @@ from helixd.plan.graph.flow import FlowModel
 from helixd.plan.graph.schedule import schedule_of
 from helixd.plan.holding import Holding
 from helixd.plan.plan import Infeasible, Plan, Progress
+from helixd.plan.predict import Prediction
 from helixd.plan.search.methods import SMALL, Candidate, Search
 
 OBJECTIVES = ("throughput", "max-flow", "latency")
 
-Trial = Callable[[Plan, float], float | None]
-"""Decode tokens/s that a plan serves when it is run, given how long a token takes a lone request in it (s).
-
-None: there is no time for it.
-"""
+Trial = Callable[[Plan, Prediction], float | None]
+"""Decode tokens/s that a plan serves when it is run, given what is predicted of it. None: there is no time for it."""
 
 
 def plan_cluster(
@@ -85,7 +83,7 @@ def plan_cluster(
         )
 
     def run(found: Candidate) -> float | None:
-        return trial(plan_of(found), found.prediction.unloaded_round_s) if trial and found.prediction else None
+        return trial(plan_of(found), found.prediction) if trial and found.prediction else None
 
     if trial is not None and objective == "throughput":
         best, tried = choose_by_trial(candidates, survive, small, run) or (best, 0)

@@ -19,6 +19,7 @@ from helixd.plan.holding import Holding
 from helixd.plan.judge import current_plan, in_force
 from helixd.plan.plan import Infeasible, Plan, Progress
 from helixd.plan.planner import Trial, plan_cluster
+from helixd.plan.predict import Prediction
 from helixd.plan.replan import replan
 from helixd.plan.undominated import frontier
 from helixd.solver.job import (
@@ -126,7 +127,7 @@ class _Worker:
         left_s = SIMULATE * self._job.time_limit_s
         began_s = math.inf
 
-        def trial(plan: Plan, round_s: float) -> float | None:
+        def trial(plan: Plan, predicted: Prediction) -> float | None:
             nonlocal left_s, began_s
             if math.isinf(began_s):
                 # The first one is what the prediction chose.
@@ -135,7 +136,7 @@ class _Worker:
                 left_s -= time.monotonic() - began_s
             began_s = time.monotonic()
             self.say(Doing("simulating the best plans found", self._elapsed_s()))
-            return simulations.run(plan, round_s)
+            return simulations.run(plan, predicted)
 
         def out_of_time(share: float) -> bool:
             """Whether it will not be done in time, at the speed that it has had so far."""

@@ -8,11 +8,15 @@ from collections.abc import Callable
 
 from helixd.plan.cluster.spec import ClusterSpec
 from helixd.plan.plan import Plan
+from helixd.plan.predict import Prediction
 from helixd.sim.helixd import HelixdPolicy
 from helixd.sim.load import Lengths, Offline
 
-# Simulated seconds before and while output is counted: as long as a lone request takes, within these.
-_SHORTEST_S, _LONGEST_S = 0.1, 120.0
+# Output is counted for as long as so many requests take under full load, one after another, and for as long before: a
+# cluster that fills computes prompts above all. Large clusters are expensive to simulate and get less, but no less than
+# a lone request takes: so many output tokens are simulated in all, by prediction.
+_REQUESTS = 3.0
+_ENOUGH_TOKENS = 200_000
 
 
 class _TimeIsUp(Exception):
@@ -32,14 +36,14 @@ class Simulations:
         self._output_tokens = workload.mean_output_tokens
         self._lengths = Lengths.around(workload.mean_input_tokens, workload.mean_output_tokens, seed=seed)
 
-    def run(self, plan: Plan, round_s: float) -> float | None:
-        """Decode tokens/s of a plan in which a lone request's token takes `round_s`; None if time is up."""
+    def run(self, plan: Plan, predicted: Prediction) -> float | None:
+        """Decode tokens/s of a plan; None if time is up."""
 
         def go_on(share: float) -> None:
             if self._out_of_time(share):
                 raise _TimeIsUp
 
-        window_s = min(max(self._output_tokens * round_s, _SHORTEST_S), _LONGEST_S)
+        window_s = self._window_s(predicted)
         load = Offline(warmup_s=window_s, measure_s=window_s)
         try:
             go_on(0.0)
@@ -47,3 +51,8 @@ class Simulations:
         except _TimeIsUp:
             return None
         return found.decode_tokens_per_s
+
+    def _window_s(self, predicted: Prediction) -> float:
+        wanted_s = _REQUESTS * self._output_tokens * predicted.round_s
+        affordable_s = _ENOUGH_TOKENS / 2 / predicted.decode_tokens_per_s
+        return max(min(wanted_s, affordable_s), self._output_tokens * predicted.unloaded_round_s)

@@ -13,6 +13,7 @@ from helixd.plan.cluster.spec import ClusterSpec
 from helixd.plan.holding import Holding
 from helixd.plan.judge import judged
 from helixd.plan.plan import Plan
+from helixd.plan.predict import Prediction
 from helixd.sim.helixd import HelixdPolicy
 from helixd.sim.load import Offline
 from helixd.solver.job import Doing, Job
@@ -29,12 +30,13 @@ def plan(placement: dict[str, tuple[int, int]]) -> Plan:
     return judged(Holding(SPEC), ranges(placement), method="test")
 
 
+SLOW = Prediction(decode_tokens_per_s=100.0, in_flight=10.0, round_s=0.05, unloaded_round_s=0.02)
 THREE = plan({"a": (0, 2), "b": (2, 4), "c": (2, 4)})
 
 
 def test_more_nodes_serve_more_and_the_same_seed_the_same() -> None:
     def served(which: Plan, seed: int = 0) -> float:
-        found = Simulations(SPEC, seed=seed, out_of_time=lambda share: False).run(which, 0.1)
+        found = Simulations(SPEC, seed=seed, out_of_time=lambda share: False).run(which, SLOW)
         assert found is not None
         return found
 
@@ -43,9 +45,16 @@ def test_more_nodes_serve_more_and_the_same_seed_the_same() -> None:
     assert served(THREE, 1) != served(THREE)
 
 
-@pytest.mark.parametrize(("round_s", "window_s"), [(0.0, 0.1), (0.1, 2.0), (5.9, 118.0), (6.1, 120.0)])
-def test_the_window_is_as_long_as_a_lone_request_takes(
-    round_s: float, window_s: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("predicted", "window_s"),
+    [
+        (SLOW, 3 * 20 * 0.05),
+        (replace(SLOW, decode_tokens_per_s=100_000.0), 1.0),
+        (replace(SLOW, decode_tokens_per_s=1_000_000.0), 20 * 0.02),
+    ],
+)
+def test_the_window_holds_some_requests_unless_that_is_too_much(
+    predicted: Prediction, window_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[Offline] = []
 
@@ -58,7 +67,7 @@ def test_the_window_is_as_long_as_a_lone_request_takes(
 
     monkeypatch.setattr(HelixdPolicy, "run", run)
     with pytest.raises(Stop):
-        Simulations(SPEC, seed=0, out_of_time=lambda share: False).run(THREE, round_s)
+        Simulations(SPEC, seed=0, out_of_time=lambda share: False).run(THREE, predicted)
     assert (loads[0].warmup_s, loads[0].measure_s) == pytest.approx((window_s, window_s))
 
 
@@ -71,7 +80,7 @@ def test_a_simulation_under_way_counts_for_nothing_when_time_is_up(looks: int) -
         left[0] -= 1
         return left[0] < 0
 
-    assert Simulations(SPEC, seed=0, out_of_time=out_of_time).run(THREE, 0.1) is None
+    assert Simulations(SPEC, seed=0, out_of_time=out_of_time).run(THREE, SLOW) is None
     assert left == [-1]
 
 
