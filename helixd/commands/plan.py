@@ -17,6 +17,7 @@ from helixd.commands.cluster_source import load_cluster, with_current
 from helixd.commands.failure import CommandFailed
 from helixd.commands.plan_report import Report, report
 from helixd.commands.progress import Progress
+from helixd.commands.simulate_inputs import DEFAULT_TIME_LIMIT_S
 from helixd.config.units import parse_duration_s, parse_size_bytes
 from helixd.exits import Exit
 from helixd.ids import NodeId
@@ -25,7 +26,7 @@ from helixd.plan.baselines import BASELINES
 from helixd.plan.cluster.spec import ClusterSpec
 from helixd.plan.plan import Infeasible
 from helixd.plan.planner import OBJECTIVES
-from helixd.solver.job import SIMULATE, Job, Reload
+from helixd.solver.job import Job, Reload
 from helixd.solver.process import Outcome, PlannerFailed, solve
 
 # Columns of a table that no terminal bounds.
@@ -102,9 +103,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     group = parser.add_argument_group("search")
     group.add_argument(
-        "--time-limit", metavar="S", type=_duration_s, default=10.0,
-        help="longest search for a plan (default 10 s); the best plans found may be simulated for "
-        f"{SIMULATE} times as long",
+        "--time-limit", metavar="S", type=_duration_s, default=DEFAULT_TIME_LIMIT_S,
+        help=f"longest search for a plan, simulating the best ones included (default {DEFAULT_TIME_LIMIT_S:.0f} s)",
     )  # fmt: skip
     group.add_argument(
         "--predict-only", action="store_true",

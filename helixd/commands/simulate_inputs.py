@@ -17,13 +17,15 @@ from helixd.solver.job import Job
 from helixd.solver.process import Outcome, PlannerFailed, solve
 
 AUTO = "auto"
+# Most of it is for simulating: a search alone takes a second or two for some dozens of nodes.
+DEFAULT_TIME_LIMIT_S = 30.0
 
 
 def the_plan(name: str, spec: ClusterSpec, *, seed: int = 0) -> Plan:
     """The plan that `name` means. Raises CommandFailed."""
     try:
         if name == AUTO:
-            outcome = asyncio.run(_solve(Job(spec, seed=seed, simulate=True)))
+            outcome = asyncio.run(_solve(Job(spec, seed=seed, time_limit_s=DEFAULT_TIME_LIMIT_S, simulate=True)))
             assert outcome.plan is not None
             return outcome.plan
         if name in BASELINES and not Path(name).exists():

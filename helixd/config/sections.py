@@ -256,8 +256,8 @@ class PlannerConfig:
     time_limit_s: float = key(10.0, kinds.duration(), "Longest one search for a placement may take.")
     simulate: bool = key(
         False, kinds.BOOLEAN,
-        "While no node holds layers: simulate the best plans found, for three times as long, and take the best of them."
-        " From a dozen nodes on worth some percent.",
+        "While no node holds layers: simulate the best plans found, in what is left of the time limit, and take the"
+        " best of them. Worth some percent.",
     )  # fmt: skip
     replan_gain: float = key(
         0.1, kinds.number(0, 10), "Move layers only if that is predicted to raise throughput by this share."

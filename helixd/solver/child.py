@@ -24,7 +24,6 @@ from helixd.plan.replan import replan
 from helixd.plan.undominated import frontier
 from helixd.solver.job import (
     OVERTIME_S,
-    SIMULATE,
     Answer,
     Compared,
     Depths,
@@ -123,25 +122,23 @@ class _Worker:
         )  # fmt: skip
 
     def _trial(self) -> Trial:
-        """Simulates plans, for its time from the first one on."""
-        left_s = SIMULATE * self._job.time_limit_s
+        """Simulates plans in what the search has left of its time."""
+        ends_s = time.monotonic() + self._job.time_limit_s
         began_s = math.inf
 
         def trial(plan: Plan, predicted: Prediction) -> float | None:
-            nonlocal left_s, began_s
+            nonlocal began_s
             if math.isinf(began_s):
                 # The first one is what the prediction chose.
                 self.say(Found(plan, final=False))
-            else:
-                left_s -= time.monotonic() - began_s
             began_s = time.monotonic()
             self.say(Doing("simulating the best plans found", self._elapsed_s()))
             return simulations.run(plan, predicted)
 
         def out_of_time(share: float) -> bool:
             """Whether it will not be done in time, at the speed that it has had so far."""
-            took_s = time.monotonic() - began_s
-            return took_s > left_s * (share or 1.0)
+            now_s = time.monotonic()
+            return now_s > ends_s or now_s - began_s > (ends_s - began_s) * (share or 1.0)
 
         simulations = Simulations(self._job.spec, seed=self._job.seed, out_of_time=out_of_time)
         return trial

@@ -13,8 +13,6 @@ from helixd.plan.replan import Option
 from helixd.plan.undominated import FrontierPoint
 
 DEFAULT_MEMORY_BYTES = 4 << 30
-# Simulating plans may take so many times as long as the search.
-SIMULATE = 3
 # The process ends by itself so long after its time, if nobody kills it.
 OVERTIME_S = 30.0
 
@@ -31,7 +29,7 @@ class Job(msgspec.Struct, frozen=True):
 
     `objective`, `seed`, `survive`: see `helixd.plan.planner.plan_cluster`. `price`: also the plan without `survive`.
     `baselines`: names of `helixd.plan.baselines`. `frontier`: also flow against depth. `simulate`: take, of the plans
-    predicted best, the one that simulates best, in SIMULATE times `time_limit_s` (not where `reload` counts).
+    predicted best, the one that simulates best, in what the search leaves of its time (not where `reload` counts).
     `in_force`: a placement to be judged as well, on the cluster as it is now. `reload`: what loading costs, for the
     plan to move only what is worth moving from what nodes hold; None to plan as if nothing were held. `nice`: how far
     the process stands back behind others.
@@ -54,7 +52,7 @@ class Job(msgspec.Struct, frozen=True):
     @property
     def longest_s(self) -> float:
         """Seconds after which everything asked for is there, if the planner keeps its time."""
-        return self.time_limit_s * (1 + SIMULATE * self.simulate + self.price + self.frontier + len(self.baselines))
+        return self.time_limit_s * (1 + self.price + self.frontier + len(self.baselines))
 
 
 class Answer(msgspec.Struct, frozen=True, tag=True):
