@@ -30,6 +30,10 @@ _PRECISE = 1e-5
 # A link or node is overrun a little before its whole time is taken.
 _FULL = 0.999
 _KEPT_DIGITS = 6
+# Requests in flight are longer than the mean request, for long ones stay long; how much depends on how lengths spread.
+_LONGER = 1.2
+# Where routes can bend around a full node, how near the KV room comes to that of all nodes of the tightest layer.
+_BENT = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,10 +331,10 @@ def _requests_kept(
     """Requests whose KV fits at once.
 
     More than the tightest node has room for at its share of the flow, since routes bend around a full node; less
-    than the tightest layer has room for over all its nodes, since they bend only so far: the mean of the two.
+    than the tightest layer has room for over all its nodes, since they bend only so far.
     """
     workload = holding.spec.workload
-    tokens = workload.mean_input_tokens + workload.mean_output_tokens
+    tokens = _LONGER * (workload.mean_input_tokens + workload.mean_output_tokens)
     room = [0.0] * holding.num_layers
     tightest_node = math.inf
     for node, held in placement.items():
@@ -340,4 +344,4 @@ def _requests_kept(
         if node in used:
             tightest_node = min(tightest_node, kept / used[node] * flow.value / flow.through[node])
     tightest_layer = min(room)
-    return math.sqrt(tightest_layer * min(tightest_layer, tightest_node)) / tokens
+    return float(tightest_layer**_BENT * min(tightest_layer, tightest_node) ** (1 - _BENT)) / tokens
