@@ -52,9 +52,10 @@ it, but not that far. The planner's own plans name their flow, so for them this 
 
 "By layer" reads one rule otherwise, with the flow that is pushed in the order of the cluster file: new requests are
 held back while the fullest *layer*, all nodes that hold it together, is expected to be more than 0.8 full, not the
-fullest *node*. Chains and stages in which nodes are alike do not notice; where unequal nodes share a layer, more
-requests are in flight, and the large cluster comes out right. So what differs is probably how that simulator counts
-what is full. As it is known, the rule says node, and that is what is counted here.
+fullest *node*. Chains do not notice; where unequal nodes share a layer, more requests are in flight. The published
+plan of the large cluster then comes out right, that of single24 does not, and a plan of 28 stages overshoots. So what
+differs is probably how many requests that simulator lets in, by a count that is neither. As it is known, the rule says
+node, and that is what is counted here.
 """
 
 PAPER = """\
