@@ -146,7 +146,8 @@ def test_a_reset_is_seen_at_once_and_who_is_refused_is_not_carried(echo: Echo) -
             with pytest.raises(ConnectionResetError):
                 connection.recv(1)
         made.refusing = True
-        with dialled(made) as refused, pytest.raises(ConnectionResetError):
+        # As early as while it connects.
+        with pytest.raises(ConnectionResetError), dialled(made) as refused:
             refused.recv(1)
         assert echo.accepted == 1
         made.heal()
