@@ -139,11 +139,12 @@ class Storm:
     def _restart_coordinator(self) -> None:
         if self._spared(set(self._workers)):
             return
+        # Told first: its clients may hear of it before the kill returns.
+        self._did("restart coordinator", fault=True)
         self._life += 1
         self.made.all[HUB].kill()
         self._life += 1
         self._counted = Counter()
-        self._did("restart coordinator", fault=True)
         time.sleep(self._draw.choice((0.0, 0.5)))
         self.made.restart(HUB)
         until(lambda: self._view() is not None, "the coordinator to answer", STEADY_S)
