@@ -37,7 +37,7 @@ from helixd.solver.job import (
     Reload,
     Unconstrained,
 )
-from helixd.solver.trial import Simulations
+from helixd.solver.trial import Simulations, TimeIsUp
 
 # Rules that take less than a second, in clusters of up to so many nodes: what they place is there if the search dies.
 _AT_ONCE = {"swarm": 400, "petals": 100}
@@ -133,7 +133,16 @@ class _Worker:
                 self.say(Found(plan, final=False))
             began_s = time.monotonic()
             self.say(Doing("simulating the best plans found", self._elapsed_s()))
-            return simulations.run(plan, predicted)
+            # Simulated time may stand still where requests do not fit, and then nobody is asked whether time is up.
+            signal.signal(signal.SIGVTALRM, stop)
+            signal.setitimer(signal.ITIMER_VIRTUAL, max(0.1, ends_s - began_s))
+            try:
+                return simulations.run(plan, predicted)
+            finally:
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+
+        def stop(*_: object) -> None:
+            raise TimeIsUp
 
         def out_of_time(share: float) -> bool:
             """Whether it will not be done in time, at the speed that it has had so far."""

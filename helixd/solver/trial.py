@@ -17,10 +17,11 @@ from helixd.sim.load import Lengths, Offline
 # a lone request takes: so many output tokens are simulated in all, by prediction.
 _REQUESTS = 3.0
 _ENOUGH_TOKENS = 200_000
+_FEWEST = 2.0
 
 
-class _TimeIsUp(Exception):
-    """Ends a simulation from within."""
+class TimeIsUp(Exception):
+    """Ends a simulation from within; whoever raises it there ends it too."""
 
 
 class Simulations:
@@ -37,22 +38,24 @@ class Simulations:
         self._lengths = Lengths.around(workload.mean_input_tokens, workload.mean_output_tokens, seed=seed)
 
     def run(self, plan: Plan, predicted: Prediction) -> float | None:
-        """Decode tokens/s of a plan; None if time is up."""
+        """Decode tokens/s of a plan; None if time is up, or if the cluster has no room for two requests at once."""
 
         def go_on(share: float) -> None:
             if self._out_of_time(share):
-                raise _TimeIsUp
+                raise TimeIsUp
 
+        if predicted.in_flight < _FEWEST:
+            return None
         window_s = self._window_s(predicted)
         load = Offline(warmup_s=window_s, measure_s=window_s)
         try:
             go_on(0.0)
             found = HelixdPolicy().run(self._spec, plan, load, self._lengths, seed=self._seed, progress=go_on)
-        except _TimeIsUp:
+        except TimeIsUp:
             return None
         return found.decode_tokens_per_s
 
     def _window_s(self, predicted: Prediction) -> float:
         wanted_s = _REQUESTS * self._output_tokens * predicted.round_s
-        affordable_s = _ENOUGH_TOKENS / 2 / predicted.decode_tokens_per_s
+        affordable_s = _ENOUGH_TOKENS / 2 / max(1.0, predicted.decode_tokens_per_s)
         return max(min(wanted_s, affordable_s), self._output_tokens * predicted.unloaded_round_s)

@@ -125,3 +125,12 @@ def test_the_planner_s_process_tries_plans_where_it_is_asked_to() -> None:
     plain = asyncio.run(solve(Job(uneven(), time_limit_s=10.0, survive=0)))
     assert plain.plan is not None
     assert plain.plan.simulated_plans == 0
+
+
+@pytest.mark.parametrize("room", [0, 30, 200])
+def test_where_requests_do_not_fit_the_time_limit_holds(room: int) -> None:
+    types = {"t": {**CLUSTER["node_types"]["t"], "kv_capacity_token_layers": [room] * 4}}  # type: ignore[index]
+    tight = parse_cluster({**CLUSTER, "node_types": types})
+    outcome = asyncio.run(solve(Job(tight, time_limit_s=2.0, survive=0, simulate=True)))
+    assert outcome.final
+    assert outcome.cut_off is None
