@@ -24,8 +24,8 @@ from helixd.plan.plan import Plan
 from helixd.sim.helixd import CHOOSERS, HelixdPolicy
 from helixd.sim.load import Lengths, Load, Offline, Online, Trace
 from helixd.sim.meter import Report
-from helixd.sim.paper import SCHEDULERS, PaperPolicy, SimulationStopped
-from helixd.sim.script import Happening
+from helixd.sim.paper import SCHEDULERS, PaperPolicy
+from helixd.sim.script import Happening, SimulationStopped
 
 _WIDE = 160
 
@@ -150,7 +150,7 @@ def _simulate(arguments: argparse.Namespace) -> list[Simulated]:
             try:
                 report = _run(arguments, spec, plan, load, lengths, script, line)
             except SimulationStopped as error:
-                raise CommandFailed(f"{name}: {error}; policy helixd would let it wait", Exit.BAD_DATA) from error
+                raise CommandFailed(f"{name}: {error}", Exit.BAD_DATA) from error
             except ValueError as error:
                 raise CommandFailed(f"{arguments.cluster}: {error}", Exit.BAD_DATA) from error
         found.append(Simulated(name, spec, plan, load, report))

@@ -19,7 +19,7 @@ from helixd.route.router import PREFILL_LIMIT_TOKENS, SLACK_TOKENS, Route, Route
 from helixd.sim.job import Job, Request
 from helixd.sim.load import Lengths, Load, Offline
 from helixd.sim.meter import Meter, Report
-from helixd.sim.script import DETECTED_S, Happening, Progress
+from helixd.sim.script import DETECTED_S, Happening, Progress, SimulationStopped
 from helixd.sim.stage_node import StageNode, StepLimits
 from helixd.sim.tally import Tally
 from helixd.sim.times import LayerTimes
@@ -67,7 +67,7 @@ class HelixdPolicy:
         self, spec: ClusterSpec, plan: Plan, load: Load, lengths: Lengths, *, seed: int = 0,
         script: Sequence[Happening] = (), progress: Progress | None = None,
     ) -> Report:  # fmt: skip
-        """Simulate. Raises ValueError for an unknown chooser."""
+        """Simulate. Raises SimulationStopped where no request fits, ValueError for an unknown chooser."""
         if self.chooser not in CHOOSERS:
             raise ValueError(f"chooser {self.chooser!r} is none of {', '.join(CHOOSERS)}")
         return Simulation(self, spec, plan, load, lengths, seed, script).report(progress)
@@ -132,6 +132,7 @@ class Simulation:
     def report(self, progress: Progress | None = None) -> Report:
         """Run to the end and sum up."""
         if isinstance(self.load, Offline):
+            self._see_that_some_fit()
             self._admit()
         else:
             self._next_arrival(self.load.arrivals(self.lengths, self.seed))
@@ -171,6 +172,15 @@ class Simulation:
         self._push(request)
         self._admit()
         self._next_arrival(arrivals)
+
+    def _see_that_some_fit(self) -> None:
+        """Else there would be a next request for ever, and every one dropped at once."""
+        shortest = min(prompt for prompt, _ in self.lengths.pairs)
+        if not self.router.fits_when_empty(shortest):
+            raise SimulationStopped(
+                f"no request fits: the KV cache of every pipeline is too small for a prompt of {shortest} tokens, the "
+                "shortest here, even when it is empty; fewer layers on the tightest nodes leave more room"
+            )
 
     def _push(self, request: Request) -> None:
         now_s = self.world.now_s

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
 
-from helixd.errors import HelixError
 from helixd.ids import NodeId
 from helixd.plan.cluster.spec import COORDINATOR, BatchLimits, ClusterSpec
 from helixd.plan.graph.flow import FlowModel
@@ -19,7 +18,7 @@ from helixd.sim.load import Lengths, Load, Offline
 from helixd.sim.meter import Meter, Report
 from helixd.sim.paper_node import LayerwiseNode
 from helixd.sim.paper_schedule import FLOWS, ExpectedKv, FlowDraws, plain_rates, scheduled_flow, shared_rates
-from helixd.sim.script import Progress
+from helixd.sim.script import Progress, SimulationStopped
 from helixd.sim.tally import Tally
 from helixd.sim.times import LayerTimes
 from helixd.sim.wires import Wire, make_wires
@@ -30,10 +29,6 @@ LOAD_BYTES_PER_S = 1e9
 FEED_S = 0.1
 FIRST_REQUESTS = 20
 FEED_MARK = 0.8
-
-
-class SimulationStopped(HelixError):
-    """The paper's simulator ends a run here: online, a request finds no pipeline with room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +53,10 @@ class PaperPolicy:
         self, spec: ClusterSpec, plan: Plan, load: Load, lengths: Lengths, *, seed: int = 0,
         progress: Progress | None = None,
     ) -> Report:  # fmt: skip
-        """Simulate the plan's placement. Raises SimulationStopped, ValueError for an unknown scheduler or flow."""
+        """Simulate the plan's placement.
+
+        Raises SimulationStopped where an arriving request finds no room, ValueError for an unknown scheduler or flow.
+        """
         for what, name, known in (("scheduler", self.scheduler, SCHEDULERS), ("flow", self.flow, FLOWS)):
             if name not in known:
                 raise ValueError(f"{what} {name!r} is none of {', '.join(known)}")
@@ -152,7 +150,8 @@ class _Run:
                 if not isinstance(self.load, Offline):
                     raise SimulationStopped(
                         f"request {job.number} of {request.input_tokens} tokens finds no pipeline with room "
-                        f"{now_s - self.start_s:.1f} s after the start: the paper's simulator ends here"
+                        f"{now_s - self.start_s:.1f} s after the start: the paper's simulator ends here; policy helixd "
+                        "would let it wait"
                     )
                 self.meter.dropped += 1
                 return

@@ -99,12 +99,12 @@ class ExpectedKv:
             self._used[node] -= size
 
     def fill(self, node: NodeId) -> float:
-        """The share of a node's room that is expected to be used."""
-        return self._used[node] / self._room[node]
+        """The share of a node's room that is expected to be used; 1 for a node without room."""
+        return self._used[node] / self._room[node] if self._room[node] else 1.0
 
     def fullest(self) -> float:
         """The largest share of any node; if nodes count by layer, of all nodes together that hold some layer."""
-        return max(sum(self._used[n] for n in group) / room for group, room in self._groups)
+        return max(sum(self._used[n] for n in group) / room if room else 1.0 for group, room in self._groups)
 
 
 class FlowDraws:

@@ -37,7 +37,7 @@ from helixd.solver.job import (
     Reload,
     Unconstrained,
 )
-from helixd.solver.trial import Simulations, TimeIsUp
+from helixd.solver.trial import Allowance, Simulations, TimeIsUp
 
 # Rules that take less than a second, in clusters of up to so many nodes: what they place is there if the search dies.
 _AT_ONCE = {"swarm": 400, "petals": 100}
@@ -123,19 +123,20 @@ class _Worker:
 
     def _trial(self) -> Trial:
         """Simulates plans in what the search has left of its time."""
-        ends_s = time.monotonic() + self._job.time_limit_s
-        began_s = math.inf
+        allowance = Allowance(time.monotonic() + self._job.time_limit_s, time.monotonic)
+        first = True
 
         def trial(plan: Plan, predicted: Prediction) -> float | None:
-            nonlocal began_s
-            if math.isinf(began_s):
-                # The first one is what the prediction chose.
+            nonlocal first
+            if first:
+                # What the prediction chose.
                 self.say(Found(plan, final=False))
-            began_s = time.monotonic()
+            first = False
+            left_s = allowance.begin()
             self.say(Doing("simulating the best plans found", self._elapsed_s()))
             # Simulated time may stand still where requests do not fit, and then nobody is asked whether time is up.
             signal.signal(signal.SIGVTALRM, stop)
-            signal.setitimer(signal.ITIMER_VIRTUAL, max(0.1, ends_s - began_s))
+            signal.setitimer(signal.ITIMER_VIRTUAL, max(0.1, left_s))
             try:
                 return simulations.run(plan, predicted)
             finally:
@@ -144,12 +145,7 @@ class _Worker:
         def stop(*_: object) -> None:
             raise TimeIsUp
 
-        def out_of_time(share: float) -> bool:
-            """Whether it will not be done in time, at the speed that it has had so far."""
-            now_s = time.monotonic()
-            return now_s > ends_s or now_s - began_s > (ends_s - began_s) * (share or 1.0)
-
-        simulations = Simulations(self._job.spec, seed=self._job.seed, out_of_time=out_of_time)
+        simulations = Simulations(self._job.spec, seed=self._job.seed, out_of_time=allowance.out_of_time)
         return trial
 
     def _at_once(self) -> Plan | None:

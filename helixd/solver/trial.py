@@ -11,6 +11,7 @@ from helixd.plan.plan import Plan
 from helixd.plan.predict import Prediction
 from helixd.sim.helixd import HelixdPolicy
 from helixd.sim.load import Lengths, Offline
+from helixd.sim.script import SimulationStopped
 
 # Output is counted for as long as so many requests take under full load, one after another, and for as long before: a
 # cluster that fills computes prompts above all. Large clusters are expensive to simulate and get less, but no less than
@@ -18,10 +19,32 @@ from helixd.sim.load import Lengths, Offline
 _REQUESTS = 3.0
 _ENOUGH_TOKENS = 200_000
 _FEWEST = 2.0
+# The first steps say little of how fast a simulation is, and one pause of a busy machine is longer than they are.
+_BELIEVED = 0.1
 
 
 class TimeIsUp(Exception):
     """Ends a simulation from within; whoever raises it there ends it too."""
+
+
+class Allowance:
+    """Time for simulations, until `ends_s` of `clock`, one after another."""
+
+    def __init__(self, ends_s: float, clock: Callable[[], float]) -> None:
+        self._ends_s = ends_s
+        self._clock = clock
+        self._began_s = clock()
+
+    def begin(self) -> float:
+        """One begins. How many seconds it may take."""
+        self._began_s = self._clock()
+        return self._ends_s - self._began_s
+
+    def out_of_time(self, share: float) -> bool:
+        """Whether the one under way, of which `share` is done, will not be done in time at the speed so far."""
+        spent_s = self._clock() - self._began_s
+        left_s = self._ends_s - self._began_s
+        return spent_s > left_s * (max(share, _BELIEVED) if share else 1.0)
 
 
 class Simulations:
@@ -51,7 +74,7 @@ class Simulations:
         try:
             go_on(0.0)
             found = HelixdPolicy().run(self._spec, plan, load, self._lengths, seed=self._seed, progress=go_on)
-        except TimeIsUp:
+        except (TimeIsUp, SimulationStopped):
             return None
         return found.decode_tokens_per_s
 

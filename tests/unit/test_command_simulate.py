@@ -198,3 +198,20 @@ def test_help_names_everything_and_imports_no_torch(capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     for word in ("--trace", "--compare", "petals", "helixd/swarm", "exit status", "NODE@S"):
         assert word in out
+
+
+@pytest.mark.parametrize("policy", ["helixd", "paper"])
+def test_a_cluster_without_room_for_any_request_says_so_or_serves_nothing(
+    policy: str, cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    types = {"t": {**CLUSTER["node_types"]["t"], "kv_capacity_token_layers": [0] * 4}}  # type: ignore[index]
+    cluster.write_text(json.dumps({**CLUSTER, "node_types": types}))
+    status = run(cluster, plan_of(cluster), *QUICK, "--policy", policy)
+    said = capsys.readouterr()
+    if policy == "helixd":
+        assert status == 65
+        assert "no request fits" in said.err
+        assert said.err.count("\n") == 1
+    else:
+        assert status == 0
+        assert "served        0.00" in said.out

@@ -17,9 +17,9 @@ from helixd.sim.helixd import CHOOSERS, HelixdPolicy, Simulation
 from helixd.sim.job import Job, Request
 from helixd.sim.load import Lengths, Load, Offline, Online, Trace
 from helixd.sim.meter import Report
-from helixd.sim.paper import SCHEDULERS, PaperPolicy, SimulationStopped
+from helixd.sim.paper import SCHEDULERS, PaperPolicy
 from helixd.sim.paper_schedule import ExpectedKv
-from helixd.sim.script import Happening
+from helixd.sim.script import Happening, SimulationStopped
 from helixd.sim.stage_node import StepLimits
 from helixd.worker import batcher
 from tests.unit.sim_worlds import SHORT, four_nodes, placed, timed, world
@@ -182,6 +182,31 @@ def test_what_can_never_fit_is_dropped_and_holds_nobody_up() -> None:
     load = Trace(((0.0, Request(500, 5)), (0.0, Request(20, 5))), measure_s=10.0)
     report = HelixdPolicy().run(spec, plan, load, SHORT)
     assert (report.dropped, report.finished) == (1, 1)
+
+
+@pytest.mark.parametrize("kv", [0.0, 1.0, 200.0])
+def test_where_no_request_fits_at_all_a_run_of_as_many_as_fit_ends_and_says_so(kv: float) -> None:
+    spec, plan = four_nodes(kv=kv)
+    lengths = Lengths([(500, 5), (200, 5)])
+    with pytest.raises(SimulationStopped, match=r"no request fits: .* prompt of 200 tokens"):
+        HelixdPolicy().run(spec, plan, BUSY, lengths)
+    report = HelixdPolicy().run(spec, plan, Online(500.0, measure_s=10.0), lengths)
+    assert report.dropped > 0
+    assert report.started == 0
+
+
+def test_one_length_that_fits_among_many_that_do_not_is_served() -> None:
+    spec, plan = four_nodes(kv=400.0)
+    report = HelixdPolicy().run(spec, plan, replace(BUSY, measure_s=5.0), Lengths([(500, 5)] * 50 + [(20, 5)]))
+    assert report.finished > 0
+    assert report.dropped > report.finished
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_nodes_without_any_room_serve_nothing_in_the_paper_s_simulator(scheduler: str) -> None:
+    spec, plan = four_nodes(kv=0.0)
+    report = PaperPolicy(scheduler).run(spec, plan, Offline(warmup_s=0.0, measure_s=5.0), SHORT)
+    assert all(seen.kv_peak == 1.0 for name, seen in report.nodes.items() if name in plan.placement)
 
 
 def test_the_paper_ends_online_runs_without_room_and_drops_offline() -> None:

@@ -18,7 +18,7 @@ from helixd.sim.helixd import HelixdPolicy
 from helixd.sim.load import Offline
 from helixd.solver.job import Doing, Job
 from helixd.solver.process import Outcome, solve
-from helixd.solver.trial import Simulations
+from helixd.solver.trial import Allowance, Simulations
 from tests.unit.plan_worlds import ranges
 from tests.unit.test_command_simulate import CLUSTER
 from tests.unit.test_solver_limits import children
@@ -84,6 +84,29 @@ def test_a_simulation_under_way_counts_for_nothing_when_time_is_up(looks: int) -
     assert left == [-1]
 
 
+@pytest.mark.parametrize(
+    ("share", "after_s", "out"),
+    [
+        (0.0, 9.9, False),
+        (0.0, 10.1, True),
+        # A pause right at the start says nothing of the speed.
+        (0.01, 0.9, False),
+        (0.01, 1.1, True),
+        (0.5, 4.9, False),
+        (0.5, 5.1, True),
+        (1.0, 9.9, False),
+        (1.0, 10.1, True),
+    ],
+)
+def test_a_simulation_ends_that_would_not_be_done_in_time(share: float, after_s: float, out: bool) -> None:
+    now_s = 3.0
+    allowance = Allowance(20.0, lambda: now_s)
+    now_s = 10.0
+    assert allowance.begin() == 10.0
+    now_s += after_s
+    assert allowance.out_of_time(share) is out
+
+
 def uneven() -> ClusterSpec:
     """Several placements are about as good as one another."""
     nodes = (*SPEC.nodes, *(replace(n, id=type(n.id)(f"{n.id}2")) for n in SPEC.nodes))
@@ -121,7 +144,9 @@ def test_the_planner_s_process_tries_plans_where_it_is_asked_to() -> None:
     assert outcome.final
     assert outcome.plan is not None
     assert outcome.plan.simulated_plans >= 2
-    assert sum(doing.what == "simulating the best plans found" for doing in said) == outcome.plan.simulated_plans
+    begun = sum(doing.what == "simulating the best plans found" for doing in said)
+    # On a machine with much else to do the last one may be begun and not done.
+    assert begun - 1 <= outcome.plan.simulated_plans <= begun
     plain = asyncio.run(solve(Job(uneven(), time_limit_s=10.0, survive=0)))
     assert plain.plan is not None
     assert plain.plan.simulated_plans == 0
