@@ -53,6 +53,21 @@ def test_plans_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         assert text in printed.out
 
 
+def test_the_table_that_is_explained_is_the_one_that_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file,) = (text for text in blocks("toml") if "helixd-cluster/1" in text)
+    (tmp_path / "lab.toml").write_text(file, encoding="utf-8")
+    explained = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8").split("```\n")
+    (table,) = (text for text in explained if text.startswith("lab: "))
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["plan", str(tmp_path / "lab.toml")]) == Exit.OK
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    timed = "  search        "
+    assert [line.startswith(timed) for line in printed] == [line.startswith(timed) for line in table.splitlines()]
+    assert [s for s in printed if not s.startswith(timed)] == [s for s in table.splitlines() if not s.startswith(timed)]
+
+
 def test_simulate_command_lines_parse_and_a_plan_made_on_the_way_serves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
