@@ -80,11 +80,12 @@ class Holding:
         key = (self.min_layers(node), tuple(self._most[node].values()))
         found = self._options.get(key)
         if found is None:
+            most, num_layers = self._most[node], self.num_layers
             found = self._options[key] = tuple(
-                held
+                LayerRange(start, start + length)
                 for length in range(self.min_layers(node), self.max_layers(node) + 1)
-                for start in range(self.num_layers - length + 1)
-                if self.allows(node, held := LayerRange(start, start + length))
+                for start in range(num_layers - length + 1)
+                if length <= most[start == 0, start + length == num_layers]
             )
         return found
 

@@ -17,7 +17,7 @@ from helixd.plan.search.stages import Kind
 
 _ROUNDS = 60
 # Units that a stage's flow is counted in: some for each of its lanes.
-_LEAST_UNITS, _MOST_UNITS, _UNITS_PER_LANE, _OVER = 120, 1500, 60, 6
+_LEAST_UNITS, _MOST_UNITS, _UNITS_PER_LANE, _OVER = 60, 1500, 60, 6
 _DEARER = 4
 _NODES = 400
 _SOLVE_S = 4.0
@@ -99,7 +99,12 @@ class StageColumns:
             return None
         program = self._program(columns, fewest=fewest, integer=True)
         solution = milp.solve(
-            program, time_limit_s=_SOLVE_S, seed=self._seed, node_limit=_NODES, gap=0.02 if fewest else 1e-6
+            program,
+            time_limit_s=_SOLVE_S,
+            seed=self._seed,
+            node_limit=_NODES,
+            gap=0.02 if fewest else 1e-6,
+            hasty=True,
         )
         if solution is None:
             return None
@@ -114,14 +119,14 @@ class StageColumns:
             self._keep(stage, columns, known)
         covered = 0.0
         for _ in range(_ROUNDS):
-            solution = milp.solve(self._program(columns, fewest=False, integer=False))
+            solution = milp.solve(self._program(columns, fewest=False, integer=False), hasty=True)
             if solution is None:
                 return None
             covered = -solution.cost
             prices = np.maximum(0.0, -np.array(solution.row_duals[: len(self._room)]))
             worth, stage_price = 1.0, 0.0
             if fewest and covered >= self._num_layers * (1 - 1e-9):
-                solution = milp.solve(self._program(columns, fewest=True, integer=False))
+                solution = milp.solve(self._program(columns, fewest=True, integer=False), hasty=True)
                 if solution is None:
                     return None
                 prices = np.maximum(0.0, -np.array(solution.row_duals[: len(self._room)]))
@@ -254,16 +259,20 @@ def _least_costs(units: NDArray[np.int64], costs: Floats, top: int) -> NDArray[n
 
     A covering knapsack with any number of each item, all rows at once.
     """
-    rows = len(units)
+    rows, width = units.shape
     spent = np.where(units > 0, costs, np.inf)
-    least = np.zeros((rows, top + 1))
+    # Before what costs nothing because it is nothing, so much again for items that give more than is left to give.
+    pad = max(1, int(units.max(initial=1)))
+    least = np.zeros((rows, pad + top + 1))
     flat = least.reshape(-1)
-    base = (np.arange(rows) * (top + 1))[:, None]
-    choice = np.zeros((rows, top + 1), dtype=np.int64)
-    each = np.arange(rows)
+    rest = (np.arange(rows) * (pad + top + 1) + pad)[:, None] - units
+    choice = np.zeros((top + 1, rows), dtype=np.int64)
+    total = np.empty((rows, width))
+    first = np.arange(rows) * width
     for at in range(1, top + 1):
-        total = spent + flat[base + np.maximum(0, at - units)]
-        pick = total.argmin(axis=1)
-        choice[:, at] = pick
-        least[:, at] = total[each, pick]
-    return choice
+        rest += 1
+        flat.take(rest, out=total, mode="clip")
+        total += spent
+        pick = total.argmin(axis=1, out=choice[at])
+        least[:, pad + at] = total.reshape(-1).take(pick + first)
+    return choice.T

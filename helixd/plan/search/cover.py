@@ -48,7 +48,8 @@ class CoverSearch:
         for n, options in self._options.items():
             by_length = np.array([0.0, *(node_capacity(spec, nodes[n], j) for j in range(1, len(options[-1]) + 1))])
             self._rates[n] = by_length[self._ends[n] - self._starts[n]]
-        self._levels = {n: np.unique(rates) for n, rates in self._rates.items()}
+        # The rates there are, ascending, and for each option which of them is its own.
+        self._levels = {n: np.unique(rates, return_inverse=True) for n, rates in self._rates.items()}
         self._choice: dict[NodeId, int | None] = {}
         self._cover: NDArray[np.float64] = np.zeros(holding.num_layers)
         self._prices: dict[NodeId, NDArray[np.float64]] = {}
@@ -104,8 +105,11 @@ class CoverSearch:
                 held = options[0]
             self._choice[node] = None
             self._before.pop(node, None)
-            if held is not None and held in options:
-                self._before[node] = options.index(held)
+            if held is None:
+                continue
+            same = np.flatnonzero((self._starts[node] == held.start) & (self._ends[node] == held.end))
+            if len(same):
+                self._before[node] = int(same[0])
                 self._put(node, self._before[node])
 
     def _placement(self) -> Placement:
@@ -129,12 +133,10 @@ class CoverSearch:
     def _move(self, node: NodeId, target: float, warmth: float) -> None:
         self._take(node)
         deficit = np.maximum(0.0, target - self._cover)
-        starts, ends, rates = self._starts[node], self._ends[node], self._rates[node]
-        gain = np.empty(len(rates))
-        for rate in self._levels[node]:
-            filled = np.concatenate(([0.0], np.cumsum(np.minimum(deficit, rate))))
-            at = rates == rate
-            gain[at] = filled[ends[at]] - filled[starts[at]]
+        levels, own = self._levels[node]
+        filled = np.zeros((len(levels), len(deficit) + 1))
+        np.minimum(deficit, levels[:, None]).cumsum(axis=1, out=filled[:, 1:])
+        gain: NDArray[np.float64] = filled[own, self._ends[node]] - filled[own, self._starts[node]]
         if node in self._prices:
             gain = gain - self._prices[node]
         if warmth > 0:
