@@ -323,7 +323,7 @@ class _Change:
             kept = {node: held for node, held in placement.items() if self._current.get(node) == held}
             while_loading = worth
             if len(kept) < len(placement):
-                while_loading = self._worth(kept, self._flow(kept)) if kept else 0.0
+                while_loading = self._worth(kept, self._flow(kept)) if least_cover(self.holding, kept) > 0 else 0.0
             loading_s = min(load_s, self._horizon_s)
             served = while_loading * loading_s + worth * (self._horizon_s - loading_s)
         self._options[key] = Option(placement, flow.value, worth, while_loading, size, load_s, served, method)

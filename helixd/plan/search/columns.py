@@ -166,11 +166,15 @@ class StageColumns:
         most = grid if self._min_width < 2 else grid - _OVER - 1
         units = np.minimum(most, np.floor(menus.rates * grid / flow + 0.5)).astype(np.int64)
         dear = np.ones((len(found), len(self._room)))
-        for _ in range(_DEARER):
+        for attempt in range(_DEARER):
             if not len(left):
                 break
             costs = np.einsum("mik,mk->mi", menus.uses[left], prices * dear[left])
-            choice = _least_costs(units[left], costs, grid + _OVER)
+            choice, least = _least_costs(units[left], costs, grid + _OVER)
+            if worth is not None and attempt == 0:
+                # What pays only with more nodes than there are pays even less without.
+                pays = least[:, grid] <= worth[left]
+                left, choice = left[pays], choice[pays]
             again = []
             for m, picks in zip(left.tolist(), choice, strict=True):
                 lanes, short = self._read(m, picks, units[m], grid, flow)
@@ -195,6 +199,7 @@ class StageColumns:
         lanes, room, rates = self._menus.lanes[m], self._rooms, self._rates[m]
         gains, picked = units.tolist(), picks.tolist()
         short: NDArray[np.bool_] | None = None
+        before: list[int] = []
         for aim in range(grid, grid + _OVER + 1):
             chosen: list[int] = []
             at, carried = aim, 0.0
@@ -205,7 +210,8 @@ class StageColumns:
                 chosen.append(i)
                 carried += rates[i]
                 at -= gains[i]
-            if carried >= flow:
+            if carried >= flow and chosen != before:
+                before = chosen
                 used = [0] * len(room)
                 for i in chosen:
                     for kind in lanes[i].kinds:
@@ -254,8 +260,9 @@ def _stage(layers: int, lanes: Sequence[Lane]) -> LaneStage:
     return LaneStage(layers, tuple(sorted(lanes, key=lambda lane: (-lane.rate, lane.kinds, lane.layers))))
 
 
-def _least_costs(units: NDArray[np.int64], costs: Floats, top: int) -> NDArray[np.int64]:
-    """For each row, and each number of units up to `top`, the item to take last of the cheapest that give as many.
+def _least_costs(units: NDArray[np.int64], costs: Floats, top: int) -> tuple[NDArray[np.int64], Floats]:
+    """For each row, and each number of units up to `top`, the item to take last of the cheapest that give as many, and
+    what they cost.
 
     A covering knapsack with any number of each item, all rows at once.
     """
@@ -275,4 +282,4 @@ def _least_costs(units: NDArray[np.int64], costs: Floats, top: int) -> NDArray[n
         total += spent
         pick = total.argmin(axis=1, out=choice[at])
         least[:, pad + at] = total.reshape(-1).take(pick + first)
-    return choice.T
+    return choice.T, least[:, pad:]
