@@ -81,8 +81,7 @@ SHORTLY = Offline(warmup_s=120.0, measure_s=240.0)
 
 def fidelity(inputs: Inputs) -> Iterator[Row]:
     """Policy paper. Which of the many max flows the artifact took is unknown: an even one / one path by path / the
-    median of preflow pushes with arcs in several orders (least to most); the nearest of all counts. Then, of the first
-    preflow, what it would be if new requests were held back by the fullest layer, not by the fullest node.
+    median of preflow pushes with arcs in several orders (least to most); the nearest of all counts.
     """
     for cluster, path, scheduler, in_flight, published in FIDELITY:
         if cluster not in inputs.clusters:
@@ -101,10 +100,6 @@ def fidelity(inputs: Inputs) -> Iterator[Row]:
         extra: dict[str, object] = {"flows": len(found)}
         if path.endswith("helix.json"):
             extra["plan"] = drawn(spec, plan)
-        if pushed:
-            policy = PaperPolicy(flow="preflow", feed_by_layer=True)
-            by_layer = policy.run(spec, plan, Offline(), inputs.lengths, seed=inputs.seed).decode_tokens_per_s
-            extra["by_layer"] = round(by_layer, 2)
         figures = {
             name: round(value, 2)
             for name, value in (
@@ -113,8 +108,6 @@ def fidelity(inputs: Inputs) -> Iterator[Row]:
             )
         }  # fmt: skip
         shown += f"; {nearest / published - 1:+.1%}"
-        if pushed:
-            shown += f"; by layer {by_layer:.1f}, {by_layer / published - 1:+.1%}"
         good = abs(nearest / published - 1) <= 0.05
         yield Row(cluster, Path(path).stem, f"{published:.1f}", shown, good, {**figures, **extra})
 

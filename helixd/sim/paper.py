@@ -33,16 +33,11 @@ FEED_MARK = 0.8
 
 @dataclass(frozen=True, slots=True)
 class PaperPolicy:
-    """`scheduler` is one of SCHEDULERS. `flow`, `flow_seed`: which of the max flows (see `paper_schedule`).
-
-    `feed_by_layer`: what holds back new requests is the fullest layer, all nodes that hold it together, instead of the
-    fullest node. Not what is known of the paper's simulator, but nearer to some of its figures.
-    """
+    """`scheduler` is one of SCHEDULERS. `flow`, `flow_seed`: which of the max flows (see `paper_schedule`)."""
 
     scheduler: str = "max-flow"
     flow: str = "even"
     flow_seed: int | None = None
-    feed_by_layer: bool = False
 
     @property
     def name(self) -> str:
@@ -94,7 +89,7 @@ class _Run:
             else:
                 wire.receiver = self.nodes[dst]
                 self.nodes[dst].inbound.append(wire)
-        self.kv = ExpectedKv(spec, placement, offline=isinstance(load, Offline), by_layer=policy.feed_by_layer)
+        self.kv = ExpectedKv(spec, placement, offline=isinstance(load, Offline))
         self.draws = FlowDraws(spec, placement, flow, self.kv, self.wires) if by_flow else None
         self.chooser = _chooser(policy.scheduler, self.nodes, seed)
         loading_s = max(len(held) * spec.model.layer_bytes / LOAD_BYTES_PER_S for held in placement.values())

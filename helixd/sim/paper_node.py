@@ -56,7 +56,7 @@ class LayerwiseNode:
         self._copy_s = activation_bytes * COPY_S_PER_BYTE
         self._leave = leave
         self._queues: list[list[Job]] = [[] for _ in range(self._layers)]
-        self._entering = [0] * self._layers
+        self._entering = 0
         self._at = 0
 
     def wake(self, at_s: float) -> None:
@@ -92,9 +92,9 @@ class LayerwiseNode:
         decodes = len(batch) - len(prompts)
         prompt_s = self._times.prompt(prompt_tokens)
         took_s = self._times.paper_layer_s(prompt_tokens, decodes)
-        if self._entering[layer]:
-            took_s += self._entering[layer] * self._copy_s
-            self._entering[layer] = 0
+        if self._entering and layer == 0:
+            took_s += self._entering * self._copy_s
+            self._entering = 0
         self.busy_s += took_s
         self.prompt_s += prompt_s
         self.batches += 1
@@ -125,7 +125,7 @@ class LayerwiseNode:
             came.sort(key=_arrival)
         for _, layer, job in came:
             self._queues[layer].append(job)
-            self._entering[layer] += job.rows or 1
+            self._entering += job.rows or 1
         self.waiting += len(came)
 
     def _sleep(self) -> None:

@@ -62,7 +62,7 @@ def _pushed(spec: ClusterSpec, placement: Placement, seed: int | None) -> Flow:
 class ExpectedKv:
     """What the scheduler expects to be kept on each node, in tokens x layers."""
 
-    def __init__(self, spec: ClusterSpec, placement: Placement, *, offline: bool, by_layer: bool = False) -> None:
+    def __init__(self, spec: ClusterSpec, placement: Placement, *, offline: bool) -> None:
         self._ratio = 1.0 if offline else 0.6
         self._mark = 0.85 if offline else 0.9
         self._used = dict.fromkeys(placement, 0.0)
@@ -72,11 +72,12 @@ class ExpectedKv:
             if node.id in placement
         }
         self._layers = {node: len(held) for node, held in placement.items()}
-        groups: set[tuple[NodeId, ...]] = {(node,) for node in placement}
-        if by_layer:
-            most = max(held.end for held in placement.values())
-            groups = {tuple(n for n, held in placement.items() if layer in held) for layer in range(most)}
-        self._groups = [(group, sum(self._room[node] for node in group)) for group in sorted(groups)]
+        holders = {
+            tuple(node for node, held in placement.items() if layer in held)
+            for layer in range(max(held.end for held in placement.values()))
+        }
+        # Who holds some layer together, and how many tokens have room there.
+        self._holders = [(nodes, sum(self._room[n] / self._layers[n] for n in nodes)) for nodes in sorted(holders)]
         self._held: dict[int, list[tuple[NodeId, float]]] = {}
 
     def expected(self, request: Request) -> int:
@@ -103,8 +104,13 @@ class ExpectedKv:
         return self._used[node] / self._room[node] if self._room[node] else 1.0
 
     def fullest(self) -> float:
-        """The largest share of any node; if nodes count by layer, of all nodes together that hold some layer."""
-        return max(sum(self._used[n] for n in group) / room if room else 1.0 for group, room in self._groups)
+        """The share of the fullest layer that is expected to be used, on all nodes that hold it together.
+
+        Each node counts in every layer with its mean over the layers that it holds.
+        """
+        return max(
+            sum(self._used[n] / self._layers[n] for n in nodes) / room if room else 1.0 for nodes, room in self._holders
+        )
 
 
 class FlowDraws:
@@ -148,6 +154,8 @@ class FlowDraws:
                 if load < least:
                     best, least = hop, load
             if best is None:
+                for wire in wires:
+                    self._load[wire.src, wire.dst] -= rows / self._flow[wire.src][wire.dst]
                 return None
             self._load[vertex, best] = least
             wires.append(self._wires[vertex, best])

@@ -1,6 +1,8 @@
 """Whole runs on small clusters: nothing is lost, nothing is over-committed, the same seed gives the same run."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
@@ -18,9 +20,10 @@ from helixd.sim.job import Job, Request
 from helixd.sim.load import Lengths, Load, Offline, Online, Trace
 from helixd.sim.meter import Report
 from helixd.sim.paper import SCHEDULERS, PaperPolicy
-from helixd.sim.paper_schedule import ExpectedKv
+from helixd.sim.paper_schedule import ExpectedKv, FlowDraws, scheduled_flow
 from helixd.sim.script import Happening, SimulationStopped
 from helixd.sim.stage_node import StepLimits
+from helixd.sim.wires import Wire
 from helixd.worker import batcher
 from tests.unit.sim_worlds import SHORT, four_nodes, placed, timed, world
 
@@ -280,20 +283,33 @@ def test_the_papers_scheduler_serves_by_any_max_flow(flow: str) -> None:
     assert PaperPolicy(flow=flow).run(spec, plan, BUSY, SHORT).decode_tokens_per_s > 0
 
 
-def test_the_fullest_is_a_node_or_all_nodes_of_a_layer() -> None:
+def test_the_fullest_layer_counts_all_nodes_that_hold_it_by_their_room_for_one_layer() -> None:
     spec = world([timed("a", kv=1000.0), timed("b", kv=3000.0), timed("c", kv=9000.0)])
     placement = placed(spec, {"a": (0, 2), "b": (0, 3), "c": (2, 4)}).placement
-    one, other = (ExpectedKv(spec, placement, offline=True, by_layer=by_layer) for by_layer in (False, True))
-    for kv in (one, other):
-        kv.reserve(Job(1, Request(10, 10), 0.0, 10), [(NodeId("a"), 2), (NodeId("c"), 2)], 400)
-    assert one.fullest() == pytest.approx(800 / 1000)
-    assert other.fullest() == pytest.approx(800 / 4000)
+    kv = ExpectedKv(spec, placement, offline=True)
+    job = Job(1, Request(10, 10), 0.0, 10)
+    kv.reserve(job, [(NodeId("a"), 2), (NodeId("c"), 2)], 400)
+    # Layers 0 and 1: room for 500 + 1000 tokens, 400 expected. Layer 2: 1000 + 4500. Layer 3: 4500.
+    assert kv.fullest() == pytest.approx(400 / 1500)
+    kv.release(job)
+    # One layer of three on b counts for a third of a sequence in each.
+    kv.reserve(job, [(NodeId("b"), 1)], 900)
+    assert kv.fullest() == pytest.approx(300 / 1500)
 
 
-def test_fed_by_layer_more_requests_fly_where_unequal_nodes_share_one() -> None:
-    spec = world([timed("a", kv=9000.0), timed("b", kv=20_000.0), timed("c", kv=90_000.0)])
-    plan = placed(spec, {"a": (0, 2), "b": (0, 2), "c": (2, 4)})
-    by_node, by_layer = (
-        PaperPolicy(feed_by_layer=by_layer).run(spec, plan, BUSY, SHORT, seed=1) for by_layer in (False, True)
-    )
-    assert by_layer.mean_in_flight > by_node.mean_in_flight
+def test_who_finds_no_room_on_the_way_leaves_no_work_behind_for_the_draws() -> None:
+    spec = world([timed("a", kv=1e6), timed("b", kv=1e6), timed("c", kv=2000.0)])
+    placement = placed(spec, {"a": (0, 2), "b": (0, 2), "c": (2, 4)}).placement
+    edges = [(COORDINATOR, "a"), (COORDINATOR, "b"), ("a", "c"), ("b", "c"), ("c", COORDINATOR)]
+    wires = {(NodeId(src), NodeId(dst)): cast(Wire, SimpleNamespace(src=src, dst=dst)) for src, dst in edges}
+    flow = scheduled_flow(spec, placement, kind="even")
+    draws = FlowDraws(spec, placement, flow, ExpectedKv(spec, placement, offline=True), wires)
+
+    def first(number: int, rows: int) -> str | None:
+        route = draws.draw(Job(number, Request(rows, 10), 0.0, rows))
+        return route and str(route[0].dst)
+
+    assert first(1, 10) == "a"
+    assert first(2, 400) is None
+    assert first(3, 10) == "b"
+    assert first(4, 10) == "a"
