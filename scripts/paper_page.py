@@ -47,8 +47,8 @@ spread is wide.
 """
 
 AFTER_FIDELITY = """\
-"Nearest" is the nearest flow's figure; a row falls short where even that is off by more than 5 %. Which flow it is moves
-figures by that much and more. The planner's own plans name their flow, so for them this freedom is gone.
+"Nearest" is the nearest flow's figure; a row falls short where even that is off by more than 5 %. Which flow it is
+moves figures by that much and more. The planner's own plans name their flow, so for them this freedom is gone.
 
 One rule decides how many requests are in flight, and is easily taken for another: new requests are held back while the
 fullest *layer*, all nodes that hold it together, is expected to be more than 0.8 full, each node counting with its mean
