@@ -268,7 +268,7 @@ def _least_costs(units: NDArray[np.int64], costs: Floats, top: int) -> tuple[NDA
     """
     rows, width = units.shape
     spent = np.where(units > 0, costs, np.inf)
-    # Before what costs nothing because it is nothing, so much again for items that give more than is left to give.
+    # Zeros in front: an item may give more units than are still wanted.
     pad = max(1, int(units.max(initial=1)))
     least = np.zeros((rows, pad + top + 1))
     flat = least.reshape(-1)
