@@ -170,7 +170,7 @@ class StageColumns:
             if not len(left):
                 break
             costs = np.einsum("mik,mk->mi", menus.uses[left], prices * dear[left])
-            choice, least = _least_costs(units[left], costs, grid + _OVER)
+            choice, least = least_costs(units[left], costs, grid + _OVER)
             if worth is not None and attempt == 0:
                 # What pays only with more nodes than there are pays even less without.
                 pays = least[:, grid] <= worth[left]
@@ -260,7 +260,7 @@ def _stage(layers: int, lanes: Sequence[Lane]) -> LaneStage:
     return LaneStage(layers, tuple(sorted(lanes, key=lambda lane: (-lane.rate, lane.kinds, lane.layers))))
 
 
-def _least_costs(units: NDArray[np.int64], costs: Floats, top: int) -> tuple[NDArray[np.int64], Floats]:
+def least_costs(units: NDArray[np.int64], costs: Floats, top: int) -> tuple[NDArray[np.int64], Floats]:
     """For each row, and each number of units up to `top`, the item to take last of the cheapest that give as many, and
     what they cost.
 
