@@ -286,8 +286,11 @@ class _Change:
         if anywhere:
             ways = [placement, reordered(self.holding, self._current, placement, equal)]
             ways = [relabelled(self._model, self._current, way, equal) for way in ways]
-            self._add(min(ways, key=lambda way: total_bytes(self._model, self._current, way)), method)
-            return
+            nearest = min(ways, key=lambda way: total_bytes(self._model, self._current, way))
+            # Links that seemed not to bind may do so on other nodes, or in another order.
+            if self.flows.value(nearest) >= self.flows.value(placement) * (1 - _SAME):
+                self._add(nearest, method)
+                return
         self._add(placement, method)
         near = regions(self.holding, self.flows)
         groups = [[node for node in kind if node in region] for kind in equal for region in near]

@@ -163,6 +163,17 @@ def test_any_replan_is_valid_and_says_what_it_moves(
         assert found.plan.max_flow_tokens_per_s >= 0.98 * scratch.max_flow_tokens_per_s
 
 
+def test_links_that_lead_one_way_only_say_who_stands_first() -> None:
+    nodes = [node(name, [90, 20, 13, 5]) for name in ("n0", "n1")]
+    spec = without_links(cluster(nodes, 4), [("n1", "n0")])
+    # To stand the other way round would move nothing, and serve nothing.
+    current = ranges({"n0": (2, 4), "n1": (0, 4)})
+    for horizon_s in (inf, 3600.0):
+        found = replan(spec, current=current, load_bytes_per_s=1e6, horizon_s=horizon_s, objective="max-flow")
+        assert found.plan.placement == ranges({"n0": (0, 2), "n1": (2, 4)})
+        assert found.plan.max_flow_tokens_per_s == pytest.approx(20)
+
+
 def six_in_three_stages() -> tuple[ClusterSpec, dict[NodeId, LayerRange]]:
     spec = cluster(equal_nodes(7, 4), 12)
     return spec, ranges({f"n{i}": (4 * (i // 2), 4 * (i // 2) + 4) for i in range(6)})
