@@ -9,9 +9,11 @@ T(j) is not a limit here: it is what a node carries at the batches its KV room g
 `helixd.plan.cluster.profile`), and nodes do run faster where batches are larger. Links and NICs are limits.
 
 Rules of serving come in as `Rules`. The weights of bunching and of the tightest node were chosen on some thirty
-placements of each published cluster: the figure ranks others as the simulator does (rank correlation 0.9 and more, see
-scripts/bench_predict.py) and scatters by 12 % about it; chains near their max flow fall most short of theirs. It is
-rougher for the paper's rules: there it misplaces the published Helix plans of single24 and heterogeneous42.
+placements of each published cluster: the figure ranks others as the simulator does (rank correlation 0.97 on two
+clusters, 0.82 to 0.93 on single24, by which placements are taken; see scripts/bench_predict.py) and scatters by 12 %
+about it. Chains near their max flow fall most short of theirs: what is bunched is taken never to wait. Where only some
+routes lead around a full node, requests in flight are underrated. It is rougher for the paper's rules: there it
+misplaces the published Helix plans of single24 and heterogeneous42.
 """
 
 import math
