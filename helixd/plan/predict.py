@@ -9,11 +9,9 @@ T(j) is not a limit here: it is what a node carries at the batches its KV room g
 `helixd.plan.cluster.profile`), and nodes do run faster where batches are larger. Links and NICs are limits.
 
 Rules of serving come in as `Rules`. The weights of bunching and of the tightest node were chosen on some thirty
-placements of each published cluster: the figure ranks others as the simulator does (rank correlation 0.97 on two
-clusters, 0.82 to 0.93 on single24, by which placements are taken; see scripts/bench_predict.py) and scatters by 12 %
-about it. Chains near their max flow fall most short of theirs: what is bunched is taken never to wait. Where only some
-routes lead around a full node, requests in flight are underrated. It is rougher for the paper's rules: there it
-misplaces the published Helix plans of single24 and heterogeneous42.
+placements of each published cluster: the figure ranks others as the simulator does (rank correlation 0.9 and more, see
+scripts/bench_predict.py) and scatters by 12 % about it; chains near their max flow fall most short of theirs. It is
+rougher for the paper's rules: there it misplaces the published Helix plans of single24 and heterogeneous42.
 """
 
 import math
@@ -35,7 +33,12 @@ _KEPT_DIGITS = 6
 # Requests in flight are longer than the mean request, for long ones stay long; how much depends on how lengths spread.
 _LONGER = 1.2
 # Where routes can bend around a full node, how near the KV room comes to that of all nodes of the tightest layer.
-_BENT = 0.7
+_BENT = 0.5
+# Hops of less than this share of a node's flow are no way around it, where there are others.
+_A_WAY = 0.02
+# Batches that nothing splits merge where one waits for another, and leave stages idle: so much longer is a round for
+# each stage of a chain. Where half of what leaves a node goes elsewhere there is next to nothing of it.
+_MERGED, _SPLIT = 0.03, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +163,8 @@ class _Model:
         self._chunks = workload.mean_input_tokens / self._chunk
         # Prompt chunks per decode token.
         self._per_decode = self._chunks / self._out
+        unsplit = min((visit.bunched for visit in visits), default=0.0)
+        self._merged = _MERGED * sum(visit.share * visit.count for visit in visits) * unsplit**_SPLIT
 
     def links_carry(self) -> float:
         """The rate at which a link or a NIC is full."""
@@ -195,6 +200,8 @@ class _Model:
             slowest_s = max(slowest_s, step_s)
         if self._rules.convoy:
             round_s = self._convoy_s(round_s, convoy_s, rate)
+        elif rate > 0:
+            round_s *= 1 + self._merged
         # Chunks follow one another through the pipeline at the pace of its slowest stage.
         return round_s, prompt_s + (self._chunks - 1) * slowest_s
 
@@ -332,18 +339,25 @@ def _requests_kept(
 ) -> float:
     """Requests whose KV fits at once.
 
-    More than the tightest node has room for at its share of the flow, since routes bend around a full node; less
-    than the tightest layer has room for over all its nodes, since they bend only so far.
+    More than the tightest node has room for at its share of the flow, since routes bend around a full node and enter
+    it later; less than the tightest layer has room for if all did, since they bend only so far.
     """
     workload = holding.spec.workload
     tokens = _LONGER * (workload.mean_input_tokens + workload.mean_output_tokens)
+    entries: dict[NodeId, list[tuple[int, float]]] = {node: [] for node in used}
+    for (src, dst), carried in flow.edges.items():
+        if dst in entries:
+            entries[dst].append((0 if src == COORDINATOR else placement[src].end, carried / flow.through[dst]))
     room = [0.0] * holding.num_layers
     tightest_node = math.inf
-    for node, held in placement.items():
+    for node, ways in entries.items():
+        held = placement[node]
         kept = max(0.0, holding.kv_token_layers(node, held))
-        for layer in held.layers():
-            room[layer] += kept / len(held)
-        if node in used:
-            tightest_node = min(tightest_node, kept / used[node] * flow.value / flow.through[node])
+        tightest_node = min(tightest_node, kept / used[node] * flow.value / flow.through[node])
+        a_way = min(_A_WAY, max(share for _, share in ways))
+        least = held.end - max(entry for entry, share in ways if share >= a_way)
+        for entry, share in ways:
+            for layer in range(entry, held.end):
+                room[layer] += kept / least * share
     tightest_layer = min(room)
     return float(tightest_layer**_BENT * min(tightest_layer, tightest_node) ** (1 - _BENT)) / tokens
