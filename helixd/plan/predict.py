@@ -201,6 +201,7 @@ class _Model:
         if self._rules.convoy:
             round_s = self._convoy_s(round_s, convoy_s, rate)
         elif rate > 0:
+            # A lone sequence has nothing to merge with.
             round_s *= 1 + self._merged
         # Chunks follow one another through the pipeline at the pace of its slowest stage.
         return round_s, prompt_s + (self._chunks - 1) * slowest_s
